@@ -1,0 +1,60 @@
+# make quickstart   text to trained MoE, in .venv, under 4 minutes          make test          what a change must pass
+# make check        lint, format, types                                     make test-faults   kills of real runs
+# make wheel        dist/openmoe-*.whl, as Ray jobs carry it                make lock          new versions and hashes
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: quickstart test test-faults check format wheel wheel-check lock clean
+
+quickstart: $(READY)
+	$(BIN)/openmoe quickstart
+
+test: $(READY)
+	$(PYTEST) -m "not faults" $(ARGS)
+
+test-faults: $(READY)
+	$(PYTEST) -m faults $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	rm -rf dist build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
+	@ls dist
+
+# A fresh environment with nothing but the wheel and the locked dependencies, away from the sources.
+wheel-check: wheel
+	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --no-deps dist/openmoe-*.whl
+	cd .venv-wheel && bin/openmoe --help && bin/openmoe validate quickstart && bin/openmoe quickstart
+	rm -rf .venv-wheel
+
+$(READY): requirements.lock requirements-uv.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11, 3.12 or 3.13 on the PATH; or: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $(READY)
+
+lock: $(READY)
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --group dev \
+		--python-version 3.11 -o requirements.lock pyproject.toml
+	echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" | $(BIN)/uv pip compile --quiet --universal \
+		--generate-hashes --no-annotate --no-header --python-version 3.11 -o requirements-uv.lock -
+
+clean:
+	rm -rf .venv .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
