@@ -1,0 +1,1 @@
+"""OpenMoE model: configuration, layers, router, losses, optimizer, training step, checkpoints."""

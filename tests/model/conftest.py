@@ -1,0 +1,94 @@
+"""Eight virtual devices, the golden files, and the models that made them.
+
+The number of devices is set before JAX starts and holds for all tests that run in the same process as these:
+a test that wants fewer gives `make_mesh` the devices it wants.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from openmoe.model import sharding
+from openmoe.model.config import PRESETS
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+SMALL = Path(__file__).parent / "goldens"
+FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
+
+# configs_dev.json of the golden files: 64 tokens a group come from 8 x 32 tokens over 4 experts.
+MOE = replace(
+    PRESETS["openmoe-base"],
+    num_layers=4,
+    moe_every=2,
+    num_heads=4,
+    head_dim=16,
+    d_model=64,
+    d_ff=96,
+    num_experts=4,
+    vocab_size=512,
+    text_vocab_size=500,
+    group_size=64,
+    dtype="float32",
+)
+DENSE = replace(
+    MOE, num_layers=2, num_experts=0, moe_every=0, init_scale=1.0, normalize_loss=False, text_vocab_size=512
+)
+
+
+@pytest.fixture(scope="session")
+def moe_config():
+    return MOE
+
+
+@pytest.fixture(scope="session")
+def dense_config():
+    return DENSE
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """Returns mesh_of(data, expert), on the first of the virtual devices."""
+
+    def make(data, expert):
+        return sharding.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Returns golden(name), the arrays of a file that lies beside the tests: a part of the original one."""
+    return lambda name: dict(np.load(SMALL / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def full_golden_path():
+    """Returns full_golden_path(name), a whole golden file; the test is skipped where there is none."""
+
+    def path_of(name):
+        if not (path := FULL / name).exists():
+            pytest.skip(f"the full golden data is not at {FULL}: the comparison with {name} did not run")
+        return path
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
+def full_golden(full_golden_path):
+    """Returns full_golden(name), the arrays of a whole golden file."""
+    return lambda name: dict(np.load(full_golden_path(name)))
+
+
+@pytest.fixture(scope="session")
+def moe_params(golden):
+    return tree_of(golden("moe_params"))
+
+
+def tree_of(arrays):
+    """Turns {"a/b": array} into {"a": {"b": array}}."""
+    return traverse_util.unflatten_dict(arrays, sep="/")

@@ -1,0 +1,49 @@
+"""Initial parameters against statistics of the original initialisers, and their names against the original's."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from openmoe.model import counts, step
+from openmoe.model.config import PRESETS, OptimizerConfig
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.mark.parametrize("model", ["moe", "dense"])
+def test_initial_parameters_have_the_original_statistics(model, full_golden_path, moe_config, dense_config, mesh_of):
+    wanted = json.loads(full_golden_path("init_statistics.json").read_text())[model]
+    config = moe_config if model == "moe" else dense_config
+    sizes = {"num_layers": 4, "head_dim": 64, "d_model": 384, "d_ff": 640, "vocab_size": 2048}
+    params = flat(step.init_state(replace(config, **sizes), OptimizerConfig(), 0, mesh_of(1, 1)).params)
+    assert params.keys() == wanted.keys()
+    for name, statistics in wanted.items():
+        array = np.asarray(params[name], np.float64)
+        noise = 5 / np.sqrt(array.size)
+        deviation = statistics["std"] or 1.0
+        assert list(array.shape) == statistics["shape"], name
+        assert array.mean() == pytest.approx(statistics["mean"], abs=2 * noise * deviation), name
+        assert array.std() == pytest.approx(statistics["std"], rel=2 * noise), name
+        assert np.abs(array).max() == pytest.approx(statistics["absmax"], rel=0.3), name
+        if statistics["std"]:
+            kurtosis = ((array - array.mean()) ** 4).mean() / array.std() ** 4
+            assert kurtosis == pytest.approx(statistics["kurtosis"], abs=10 * noise), name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_declared_parameters_are_those_that_are_counted(preset, mesh_of):
+    shapes = jax.tree.leaves(step.state_shapes(PRESETS[preset], OptimizerConfig(), mesh_of(1, 1)).params)
+    assert sum(leaf.size for leaf in shapes) == counts.parameter_counts(PRESETS[preset]).total
+
+
+def test_experts_lie_on_the_expert_axis_and_all_else_everywhere(mesh_of):
+    state = step.state_shapes(PRESETS["openmoe-nano"], OptimizerConfig(), mesh_of(2, 4))
+    for path, leaf in jax.tree.leaves_with_path(state):
+        expected = ("expert",) if "'expert'" in jax.tree_util.keystr(path) else ()
+        assert tuple(axis for axis in leaf.sharding.spec if axis) == expected, path
