@@ -1,0 +1,164 @@
+"""What a build consists of: the manifest of the token cache, and the passes that were packed from it.
+
+    <data_dir>/tokens/...                              the token cache, shared by all builds
+    <data_dir>/passes/<source>-<key>/0000/...          one pass: a shard and a receipt for each group
+    <data_dir>/passes/<source>-<key>/0000/pass.json    the pass is complete; created if absent
+    <data_dir>/manifests/<id>.json                     the build; created if absent, after its token cache
+
+A row is a pure function of (manifest, row number): passes are added later without changing the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from openmoe.pipelines import shards, storage, ul2
+from openmoe.pipelines.config import DataConfig, DataError
+from openmoe.pipelines.permute import Permutation
+from openmoe.pipelines.sources import Unit
+from openmoe.pipelines.tokenizer import Tokenizer, Vocabulary
+
+# Part of every pass's key: raise it when the same tokens would be shuffled, cut or masked differently.
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceManifest:
+    """One source of a build.
+
+    Attributes:
+      name: as in the run file.
+      weight: share of rows, relative to the other sources'.
+      units: receipts of the tokenized units, in the order of their files.
+      passes: folder of its passes, below the data directory.
+    """
+
+    name: str
+    weight: float
+    units: list[dict[str, Any]]
+    passes: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A build: tokenized sources, and how rows are made of them.
+
+    Attributes:
+      path: where this manifest lies.
+      data_id: identifies the rows; depends on the documents' tokens and the recipe, not on paths.
+      tokenizer: as in the run file.
+    """
+
+    path: str
+    data_id: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocabulary: Vocabulary
+    seq_len: int
+    objective: str
+    seed: int
+    group_tokens: int
+    sources: list[SourceManifest]
+
+    @property
+    def data_dir(self) -> str:
+        """The directory of the build's artefacts."""
+        return self.path.rsplit("/", 2)[0]
+
+    def pass_folder(self, source: int, number: int) -> str:
+        """Returns the folder of a pass."""
+        return storage.join(self.data_dir, self.sources[source].passes, f"{number:04d}")
+
+    def groups(self, source: int, number: int) -> list[list[int]]:
+        """Returns the units (indices) of each group of a pass: the shuffled units, cut by tokens."""
+        units = self.sources[source].units
+        name = self.sources[source].name
+        groups: list[list[int]] = [[]]
+        held = 0
+        for unit in Permutation(len(units), "units", self.seed, name, number)(np.arange(len(units))).tolist():
+            if held >= self.group_tokens:
+                groups.append([])
+                held = 0
+            groups[-1].append(unit)
+            held += units[unit]["tokens"]
+        return groups
+
+    def finished_passes(self, source: int) -> list[list[dict[str, Any]]]:
+        """Returns the group receipts of the finished passes, from 0 on without a gap."""
+        passes: list[list[dict[str, Any]]] = []
+        while found := storage.read_if_present(storage.join(self.pass_folder(source, len(passes)), "pass.json")):
+            passes.append(json.loads(found)["groups"])
+        return passes
+
+
+def manifest_path(data_dir: str, config: DataConfig, tokenizer: Tokenizer, units: list[Unit]) -> str:
+    """Returns where the manifest of this configuration over these very files lies."""
+    parts: list[Any] = [asdict(config), tokenizer.fingerprint, [asdict(unit) for unit in units]]
+    parts += _recipe() + _formats()
+    return storage.join(data_dir, "manifests", f"{_digest(parts)[:24]}.json")
+
+
+def assemble(
+    path: str, config: DataConfig, tokenizer: Tokenizer, receipts: dict[str, list[dict[str, Any]]]
+) -> Manifest:
+    """Returns the manifest of tokenized sources; `receipts` by source, in the order of its units."""
+    vocabulary = tokenizer.vocabulary(config.num_sentinels)
+    recipe = [*_recipe(), tokenizer.fingerprint, vocabulary, config.seq_len, config.objective, config.seed]
+    sources, identities = [], []
+    for source in config.sources:
+        units = receipts[source.name]
+        identity = [*recipe, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
+        identities.append([*identity, source.weight])
+        folder = f"passes/{source.name}-{_digest([*identity, *_formats()])[:16]}"
+        sources.append(SourceManifest(name=source.name, weight=source.weight, units=units, passes=folder))
+    return Manifest(
+        path=path,
+        data_id=_digest(identities)[:32],
+        tokenizer=config.tokenizer,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocabulary=vocabulary,
+        seq_len=config.seq_len,
+        objective=config.objective,
+        seed=config.seed,
+        group_tokens=config.group_tokens,
+        sources=sources,
+    )
+
+
+def commit(manifest: Manifest) -> None:
+    """Writes a manifest; one that is there already is the same."""
+    fields = {**asdict(manifest), "vocabulary": manifest.vocabulary._asdict()}
+    del fields["path"]
+    storage.create_if_absent(manifest.path, json.dumps(fields, indent=1).encode())
+
+
+def load(path: str) -> Manifest:
+    """Reads a manifest."""
+    try:
+        fields = json.loads(storage.read_bytes(path))
+        vocabulary = fields.pop("vocabulary")
+        vocabulary["prompts"] = {mode: tuple(ids) for mode, ids in vocabulary["prompts"].items()}
+        sources = [SourceManifest(**source) for source in fields.pop("sources")]
+        return Manifest(path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, **fields)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a manifest of this version ({error}); delete it and build again") from error
+
+
+def _recipe() -> list[Any]:
+    """Returns what else shapes rows."""
+    return [RECIPE_VERSION, ul2.DENOISERS]
+
+
+def _formats() -> list[Any]:
+    """Returns what else shapes the bytes of shards."""
+    return [shards.VERSION, version("array-record"), shards.WRITER_OPTIONS]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,135 @@
+"""Shards: ArrayRecord files of group size 1, one packed row a record; version 1 of a record, little-endian:
+
+    u8 version | u8 0 | u16 segments | u32 tokens | u32 token[tokens] | 7 x u32 segment[segments]
+
+Padding, masks, positions and shifted inputs are not stored: `batch` rebuilds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module  # ty: ignore[missing-module-member]
+
+from openmoe.pipelines import storage, ul2
+from openmoe.pipelines.config import DataError
+from openmoe.pipelines.packing import Row
+
+VERSION = 1
+WRITER_OPTIONS = "group_size:1,zstd:1"
+# Unit is an index into the source's units in the manifest, document and start count from that unit's first.
+SEGMENT = np.dtype([(name, "<u4") for name in ("inputs", "targets", "denoiser", "unit", "document", "start", "length")])
+_HEADER = struct.Struct("<BBHI")
+
+
+def encode(tokens: np.ndarray, segments: np.ndarray) -> bytes:
+    """Returns the record of uint32[used] tokens and SEGMENT[segments]."""
+    header = _HEADER.pack(VERSION, 0, len(segments), len(tokens))
+    return header + tokens.astype("<u4").tobytes() + segments.tobytes()
+
+
+def decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens, uint32[used], and SEGMENT[segments] of a record."""
+    version, _, num_segments, num_tokens = _HEADER.unpack_from(record)
+    if version != VERSION:
+        raise DataError(f"shard: record version {version}, this program reads {VERSION}; upgrade it")
+    tokens = np.frombuffer(record, "<u4", num_tokens, _HEADER.size)
+    return tokens, np.frombuffer(record, SEGMENT, num_segments, _HEADER.size + tokens.nbytes)
+
+
+def write(path: str, rows: Iterable[Row], origin: np.ndarray) -> dict[str, Any]:
+    """Writes a shard and returns its statistics and digest, which belong into its receipt.
+
+    Args:
+      path: final name, local or gs://.
+      rows: in the order of the records.
+      origin: int64[documents, 2], unit and document in the unit of each document that rows refer to.
+    """
+    statistics = _Statistics()
+    with tempfile.TemporaryDirectory() as folder:
+        local = str(Path(folder) / "shard")
+        try:
+            writer = array_record_module.ArrayRecordWriter(local, WRITER_OPTIONS)
+            for row in rows:
+                writer.write(encode(row.tokens, statistics.add(row, origin)))
+            writer.close()
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be prepared in {folder}: {' '.join(str(error).split())}") from error
+        data = storage.read_bytes(local)
+    storage.write_durable(path, data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **statistics.counts()}
+
+
+class _Statistics:
+    """Counts over the rows of a shard."""
+
+    def __init__(self) -> None:
+        self.rows = self.slots_used = self.loss_slots = self.raw_tokens = 0
+        self.pieces = np.zeros(len(ul2.DENOISERS), np.int64)
+
+    def add(self, row: Row, origin: np.ndarray) -> np.ndarray:
+        """Counts a row and returns its SEGMENT table."""
+        pieces = row.pieces
+        columns = row.num_inputs, row.num_targets, pieces.kind, *origin[pieces.document].T
+        table = np.stack([*columns, pieces.start, pieces.length], axis=1).astype("<u4")
+        segments = table.view(SEGMENT).reshape(-1)
+        self.rows += 1
+        self.slots_used += len(row.tokens)
+        self.loss_slots += int(row.num_targets.sum())
+        self.raw_tokens += int(row.pieces.length.sum())
+        self.pieces += np.bincount(row.pieces.kind, minlength=len(self.pieces))
+        return segments
+
+    def counts(self) -> dict[str, Any]:
+        pieces = {d.name: int(n) for d, n in zip(ul2.DENOISERS, self.pieces, strict=True)}
+        return {
+            "rows": self.rows,
+            "slots_used": self.slots_used,
+            "loss_slots": self.loss_slots,
+            "raw_tokens": self.raw_tokens,
+            "pieces": pieces,
+        }
+
+
+class Shard:
+    """An open shard whose content was checked against its receipt."""
+
+    def __init__(self, path: str, *, sha256: str, cache_dir: str) -> None:
+        # ArrayRecord accepts a gs:// name and then waits for ever, so it only ever sees a local file.
+        local = storage.local_copy(path, cache_dir, sha256=sha256)
+        self._reader = array_record_module.ArrayRecordReader(local, "readahead_buffer_size:0")
+
+    def read(self, rows: list[int]) -> list[bytes]:
+        """Returns the records of rows of this shard."""
+        return self._reader.read(rows)
+
+
+def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:
+    """Returns the arrays that a trainer wants, [rows, seq_len] int32; loss_weights float32.
+
+    Within a segment the inputs are the targets shifted by one, with 0 at its start. Loss is on targets.
+    """
+    keys = ("input_ids", "target_ids", "segment_ids", "positions")
+    arrays = {key: np.zeros((len(records), seq_len), np.int32) for key in keys}
+    weights = np.zeros((len(records), seq_len), np.float32)
+    for row, record in enumerate(records):
+        tokens, segments = decode(record)
+        used = len(tokens)
+        inputs, targets = segments["inputs"].astype(np.int64), segments["targets"].astype(np.int64)
+        ends = np.cumsum(inputs + targets)
+        starts = ends - inputs - targets
+        owner = np.repeat(np.arange(len(segments)), inputs + targets)
+        position = np.arange(used) - starts[owner]
+        arrays["target_ids"][row, :used] = tokens
+        arrays["input_ids"][row, 1:used] = tokens[:-1]
+        arrays["input_ids"][row, starts] = 0
+        arrays["segment_ids"][row, :used] = owner + 1
+        arrays["positions"][row, :used] = position
+        weights[row, :used] = position >= inputs[owner]
+    return {**arrays, "loss_weights": weights}

@@ -1,0 +1,265 @@
+"""Files, local or gs://, with the two writes that everything else relies on: durable, and create-if-absent.
+
+Paths are strings. A local file is written under a temporary name (it begins with a dot and is never listed),
+synced, then given its name; an object on gs:// appears under its name only when its upload is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import glob as local_glob
+import hashlib
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+_GS = "gs://"
+
+
+class StorageError(ValueError):
+    """A file cannot be read or written; one line: the path, the reason, the remedy where there is one."""
+
+
+class FileInfo(NamedTuple):
+    """What an inventory needs to know of a file without reading it."""
+
+    size: int
+    fingerprint: str  # changes when the content does: time of change locally, checksum and generation on gs://
+
+
+def is_remote(path: str) -> bool:
+    """Returns whether `path` lies on gs://."""
+    return path.startswith(_GS)
+
+
+def join(path: str, *parts: str) -> str:
+    """Returns the path of `parts` below `path`."""
+    return "/".join([path.rstrip("/"), *parts])
+
+
+def exists(path: str) -> bool:
+    """Returns whether a file or folder has this name now."""
+    with _explained(path, "be looked up"):
+        return _gcs().exists(path) if is_remote(path) else os.path.exists(path)  # noqa: PTH110
+
+
+def info(path: str) -> FileInfo:
+    """Returns size and fingerprint of a file."""
+    with _explained(path, "be looked up"):
+        if is_remote(path):
+            entry = _gcs().info(path)
+            return FileInfo(int(entry["size"]), f"{entry.get('crc32c')}/{entry.get('generation')}")
+        status = os.stat(path)  # noqa: PTH116
+        return FileInfo(status.st_size, str(status.st_mtime_ns))
+
+
+def read_bytes(path: str) -> bytes:
+    """Returns the whole content."""
+    with _explained(path, "be read"):
+        return _gcs().cat_file(path) if is_remote(path) else Path(path).read_bytes()
+
+
+def read_if_present(path: str) -> bytes | None:
+    """Returns the whole content, or None when there is no such file."""
+    with _explained(path, "be read"):
+        try:
+            return _gcs().cat_file(path) if is_remote(path) else Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+@contextlib.contextmanager
+def open_read(path: str) -> Generator[BinaryIO]:
+    """Opens a file for reading and seeking; failures while it is read are explained too."""
+    with _explained(path, "be read"):
+        raw: Any = _gcs().open(path, "rb") if is_remote(path) else open(path, "rb", buffering=0)  # noqa: SIM115
+        with io.BufferedReader(raw, 2**20) as file:
+            yield file
+
+
+def write_durable(path: str, data: bytes) -> None:
+    """Writes or replaces a file; when this returns, the content survives a crash of the machine."""
+    with _explained(path, f"be written ({len(data):,} bytes)"):
+        if is_remote(path):
+            _gcs().pipe_file(path, data)
+            return
+        with _synced_temporary(Path(path), data) as temporary:
+            temporary.replace(path)
+        _sync_folder(Path(path).parent)
+
+
+def create_if_absent(path: str, data: bytes) -> bool:
+    """Creates a file with its content at once, durably; returns False when the name is taken.
+
+    On gs:// the client repeats a request whose answer was lost, and may then return False for a file that
+    this call created: whoever must know compares the content.
+    """
+    with _explained(path, f"be written ({len(data):,} bytes)"):
+        try:
+            if is_remote(path):
+                _gcs().pipe_file(path, data, mode="create")
+                return True
+            if Path(path).exists():
+                return False
+            with _synced_temporary(Path(path), data) as temporary:
+                os.link(temporary, path)
+            _sync_folder(Path(path).parent)
+        except FileExistsError:
+            return False
+    return True
+
+
+def list_files(folder: str) -> list[str]:
+    """Returns the sorted names of the files directly in `folder`; none when it does not exist."""
+    with _explained(folder, "be listed"):
+        try:
+            if is_remote(folder):
+                entries = _gcs().ls(folder.rstrip("/") + "/", detail=True)
+                names = [e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file"]
+            else:
+                names = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+        except FileNotFoundError:
+            return []
+    return sorted(name for name in names if name and not name.startswith("."))
+
+
+def list_folders(folder: str) -> list[str]:
+    """Returns the sorted names of the folders directly in `folder`; none when it does not exist."""
+    with _explained(folder, "be listed"):
+        try:
+            if is_remote(folder):
+                entries = _gcs().ls(folder.rstrip("/") + "/", detail=True)
+                names = [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
+            else:
+                names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        except FileNotFoundError:
+            return []
+    return sorted(names)
+
+
+def remove_folder(folder: str) -> None:
+    """Removes a folder and all that is in it; nothing happens when there is none."""
+    with _explained(folder, "be removed"), contextlib.suppress(FileNotFoundError):
+        if is_remote(folder):
+            _gcs().rm(folder, recursive=True)
+        else:
+            shutil.rmtree(folder)
+
+
+def for_pyarrow(folder: str) -> dict[str, Any]:
+    """Returns what Ray Train's RunConfig needs to keep its own files in `folder`: our client on gs://."""
+    if not is_remote(folder):
+        return {"storage_path": folder}
+    import pyarrow.fs
+
+    client = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(_gcs()))
+    return {"storage_path": folder.removeprefix(_GS), "storage_filesystem": client}
+
+
+def glob(pattern: str) -> list[str]:
+    """Returns the sorted paths of the files that match; `**` crosses folders."""
+    with _explained(pattern, "be listed"):
+        if is_remote(pattern):
+            return sorted(_GS + name for name, e in _gcs().glob(pattern, detail=True).items() if e["type"] == "file")
+        found = sorted(p for p in local_glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not found and (folder := Path(pattern).parent).is_dir():
+            any(folder.iterdir())  # glob takes a folder that cannot be read for an empty one
+        return found
+
+
+def local_copy(path: str, cache_dir: str, *, sha256: str) -> str:
+    """Returns a local file with the content of `path`, proven by its digest.
+
+    A local path is checked where it is; an object is downloaded once into `cache_dir` under its digest.
+    """
+    if not is_remote(path):
+        data = read_bytes(path)
+        local = path
+    else:
+        local = join(cache_dir, f"{sha256}-{path.rsplit('/', 1)[-1]}")
+        cached = read_if_present(local)
+        if cached is not None and hashlib.sha256(cached).hexdigest() == sha256:
+            return local
+        data = read_bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise StorageError(
+            f"{path}: damaged or replaced: sha256 is {digest[:16]}, recorded was {sha256[:16]}; "
+            "delete its folder and build again"
+        )
+    if local != path:
+        write_durable(local, data)
+    return local
+
+
+@functools.cache
+def _gcs() -> Any:
+    """Returns the client; without cached listings, since other processes create files all the time."""
+    import fsspec
+
+    return fsspec.filesystem("gs", use_listings_cache=False)
+
+
+@contextlib.contextmanager
+def _synced_temporary(path: Path, data: bytes) -> Generator[Path]:
+    """Gives a complete, synced file beside `path`, which is gone afterwards unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _explained(path: str, verb: str) -> Generator[None]:
+    """Turns every failure of the file system or the network into one StorageError line."""
+    try:
+        yield
+    except (OSError, *_remote_failures(path)) as error:
+        raise StorageError(f"{path}: cannot {verb}: {_reason(error)}") from error
+
+
+def _remote_failures(path: str) -> tuple[type[Exception], ...]:
+    if not is_remote(path):
+        return ()
+    import aiohttp
+    import gcsfs.retry
+    import google.auth.exceptions
+
+    return gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
+
+
+def _reason(error: Exception) -> str:
+    match getattr(error, "errno", None):
+        case errno.ENOSPC:
+            return "the disk is full; free some space or choose another directory"
+        case errno.EDQUOT:
+            return "the disk quota is used up; free some space or choose another directory"
+        case errno.EACCES | errno.EPERM:
+            return "permission denied; change its permissions or run as its owner"
+        case errno.ENOENT:
+            return "no such file or folder"
+        case errno.EROFS:
+            return "the file system is read-only; choose another directory"
+    if isinstance(error, FileNotFoundError):
+        return "no such file, folder or bucket"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+
+import pytest
+
+from openmoe.pipelines.config import DataConfig, SourceConfig
+
+SOURCE = {"name": "c4", "format": "redpajama", "paths": ("c4/*.jsonl",), "weight": 1.0}
+DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources": (SourceConfig(**SOURCE),)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "C4 en"}, "name: lower-case letters, digits, _ and - wanted, got 'C4 en'"),
+        ({"format": "csv"}, "format: redpajama or the_stack, got 'csv'"),
+        ({"paths": ()}, r"paths: at least one non-empty glob wanted, got \[\]"),
+        ({"weight": 0.0}, r"weight: must be above 0, got 0\.0; leave the source out instead"),
+        ({"weight": float("nan")}, "weight: must be above 0, got nan"),
+        ({"max_bad_share": 1.5}, r"max_bad_share: must be in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(**SOURCE | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "t5"}, "objective: ul2, got 't5'"),
+        ({"seq_len": 63}, r"seq_len: must be in \[64, 32768\], got 63"),
+        ({"seq_len": 2048, "num_sentinels": 255}, "num_sentinels: 2048 tokens can hold 256 masked spans, each"),
+        ({"unit_bytes": 0}, "unit_bytes: must be at least 1, got 0"),
+        ({"sources": ()}, "sources: at least one is needed, got none"),
+        ({"sources": (SourceConfig(**SOURCE),) * 2}, r"sources: names must differ, got \['c4', 'c4'\]"),
+        (
+            {"sources": (SourceConfig(**SOURCE), SourceConfig(**SOURCE | {"name": "tiny", "weight": 1e-4}))},
+            "sources: tiny has weight 0.0001 of 1.0001, less than one row in 2000; give it at least 0.00050005",
+        ),
+    ],
+)
+def test_data_settings_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**DATA | change)
+
+
+@pytest.mark.parametrize("module", ["config", "storage"])
+def test_config_and_storage_import_nothing_heavy(module):
+    program = (
+        f"import sys, openmoe.pipelines.{module}; "
+        "print(sorted({'numpy', 'pyarrow', 'ray', 'jax', 'fsspec', 'sentencepiece'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

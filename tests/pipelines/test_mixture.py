@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmoe.pipelines.mixture import WINDOW_ROWS, Mixture, block_counts, shuffle_pass
+from openmoe.pipelines.permute import Permutation, key
+
+
+@given(size=st.integers(1, 3000), seed=st.integers(0, 2**63))
+@settings(deadline=None)
+def test_a_permutation_hits_every_index_once(size, seed):
+    assert sorted(Permutation(size, seed)(np.arange(size)).tolist()) == list(range(size))
+
+
+def test_a_permutation_of_a_huge_range_answers_for_single_indices():
+    images = Permutation(10**15, "huge")(np.asarray([0, 1, 10**15 - 1]))
+    assert len(set(images.tolist())) == 3
+    assert ((images >= 0) & (images < 10**15)).all()
+
+
+def test_permutations_and_keys_stay_what_they_are():
+    assert Permutation(10, "literal", 1)(np.arange(10)).tolist() == [6, 5, 1, 7, 4, 2, 3, 8, 0, 9]
+    assert key("block", 0, 1) == 0x3332B366F679BD5ACD4B7B1FCF2CDBED
+
+
+def test_openmoe_weights_come_out_whole():
+    counts = block_counts([15, 4.5, 2, 2.5, 4.5, 4.5, 67, 100])
+    assert counts.tolist() == [150, 45, 20, 25, 45, 45, 670, 1000]
+
+
+def test_remainders_go_to_the_largest():
+    assert block_counts([1, 1, 1], 10).tolist() == [4, 3, 3]
+    assert block_counts([0.55, 0.35, 0.1], 10).tolist() == [6, 3, 1]
+
+
+@given(
+    weights=st.lists(st.integers(1, 50), min_size=1, max_size=6), block=st.integers(0, 10**9), seed=st.integers(0, 99)
+)
+@settings(deadline=None, max_examples=40)
+def test_every_block_holds_the_exact_proportions_and_each_source_row_once(weights, block, seed):
+    counts = block_counts(weights, 400)
+    source, row = Mixture(weights, seed, 400).locate(block * 400, (block + 1) * 400)
+    assert np.bincount(source, minlength=len(weights)).tolist() == counts.tolist()
+    for index, count in enumerate(counts):
+        assert row[source == index].tolist() == list(range(block * count, (block + 1) * count))
+
+
+@given(lo=st.integers(0, 5000), size=st.integers(1, 900), cut=st.integers(0, 900))
+@settings(deadline=None, max_examples=40)
+def test_a_row_does_not_depend_on_the_range_it_was_asked_in(lo, size, cut):
+    mixture = Mixture([5, 3, 2], 1, 400)
+    whole = mixture.locate(lo, lo + size)
+    middle = lo + min(cut, size - 1) + 1
+    parts = [mixture.locate(lo, middle)] + ([mixture.locate(middle, lo + size)] if middle < lo + size else [])
+    for index in range(2):
+        assert whole[index].tolist() == np.concatenate([part[index] for part in parts]).tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 399, 400, 401, 1999, 4000])
+def test_the_rows_needed_are_exactly_those_that_serve(num_rows):
+    mixture = Mixture([5, 3, 2], 1, 400)
+    needed = mixture.rows_needed(num_rows)
+    assert needed.sum() == num_rows
+    assert mixture.rows_available(needed) == num_rows
+
+
+@pytest.mark.parametrize("num_rows", [1, 100, WINDOW_ROWS, WINDOW_ROWS + 7])
+def test_a_shuffled_pass_reads_every_stored_row_once_inside_its_window(num_rows):
+    rows = np.arange(num_rows)
+    stored = shuffle_pass(rows, num_rows, 0, "wiki", 0)
+    assert sorted(stored.tolist()) == rows.tolist()
+    assert (stored // WINDOW_ROWS == rows // WINDOW_ROWS).all()

@@ -1,0 +1,135 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmoe.pipelines import sources
+from openmoe.pipelines.config import DataError, SourceConfig
+from openmoe.pipelines.sources import BadLine, Document
+
+DIRT = (
+    b'{"text": "line\\nbreak and \xe2\x80\xa8 and \xc2\x85"}\n'
+    b'{"meta": {"a": NaN}, "text": "lone \\ud83d surrogate"}\r\n'
+    b'{"meta": "repr", "text": "paired \\ud83d\\ude00"}\n'
+    b'{"text": "truncated\n'
+    b'{"text": "bad \xff byte"}\n'
+    b'{"meta": {}}\n'
+    b'{"text": null}\n'
+    b'{"text": 5}\n'
+    b'["text"]\n'
+    b'{"text": "  "}\n'
+    b"\n" + b"[" * 50_000 + b"\n"
+    b'{"text": "nul \\u0000 and no newline at the end"}'
+)
+GOOD = [
+    ("line\nbreak and \u2028 and \x85", False),
+    ("lone \ufffd surrogate", True),
+    ("paired \U0001f600", False),
+    ("nul \x00 and no newline at the end", False),
+]
+BAD = ["bad_json", "not_utf8", "no_text", "no_text", "not_string", "no_text", "empty", "empty", "bad_json"]
+
+
+def source(pattern, **settings) -> SourceConfig:
+    return SourceConfig(**{"name": "s", "format": "redpajama", "paths": (str(pattern),), "weight": 1.0} | settings)
+
+
+def read_all(config: SourceConfig, unit_bytes: int = 2**20) -> list[Document | BadLine]:
+    return [record for unit in sources.inventory(config, unit_bytes) for record in sources.read(unit)]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_good_lines_survive_among_bad_ones_and_each_bad_one_has_its_reason(tmp_path, suffix):
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(DIRT))
+    records = read_all(source(tmp_path / "*"))
+    assert [(r.text, r.repaired) for r in records if isinstance(r, Document)] == GOOD
+    assert [r.reason for r in records if isinstance(r, BadLine)] == BAD
+    for record in records:
+        line = DIRT[record.offset :].split(b"\n", 1)[0]
+        assert isinstance(record, Document) or record.raw == line
+
+
+@given(
+    lines=st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 9)), max_size=30), unit_bytes=st.integers(1, 200)
+)
+@settings(deadline=None, max_examples=60)
+def test_any_bytes_in_any_cut_never_crash_and_never_lose_a_good_line(tmp_path_factory, lines, unit_bytes):
+    path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
+    good = [f"document {line}" for line in lines if isinstance(line, int)]
+    path.write_bytes(
+        b"\n".join(
+            json.dumps({"text": f"document {line}"}).encode() if isinstance(line, int) else line for line in lines
+        )
+    )
+    documents = [r.text for r in read_all(source(path), unit_bytes) if isinstance(r, Document)]
+    assert [text for text in documents if text in set(good)] == good
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 64, 10_000])
+def test_byte_ranges_own_the_lines_that_start_in_them(tmp_path, unit_bytes):
+    (tmp_path / "a.jsonl").write_bytes(DIRT)
+    records = read_all(source(tmp_path / "a.jsonl"), unit_bytes if unit_bytes > 1 else 997)
+    assert [r.offset for r in records] == [r.offset for r in read_all(source(tmp_path / "a.jsonl"))]
+
+
+def test_concatenated_zstd_frames_are_one_file(tmp_path):
+    line = json.dumps({"text": "a document"}).encode() + b"\n"
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(line) + zstandard.compress(line))
+    assert [record.text for record in read_all(source(tmp_path / "*"))] == ["a document"] * 2
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("zst", zstandard.compress)])
+def test_a_truncated_compressed_file_is_an_error_that_names_it(tmp_path, suffix, compress):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(compress(json.dumps({"text": "x" * 99}).encode() * 9000)[:-30])
+    with pytest.raises(DataError, match=rf"a\.jsonl\.{suffix}: .* stream damaged after"):
+        read_all(source(path))
+
+
+def stack(path, **columns):
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+
+
+def test_parquet_units_are_row_groups_and_only_content_is_read(tmp_path):
+    stack(tmp_path / "a.parquet", content=["one", None, " ", "four", "five"], size=[1, 2, 3, 4, 5])
+    config = source(tmp_path / "*.parquet", format="the_stack")
+    units = sources.inventory(config, 1)
+    assert [(unit.start, unit.stop) for unit in units] == [(0, 1), (1, 2), (2, 3)]
+    records = [record for unit in units for record in sources.read(unit)]
+    assert [r.text for r in records if isinstance(r, Document)] == ["one", "four", "five"]
+    assert [(r.offset, r.reason) for r in records if isinstance(r, BadLine)] == [(1, "no_text"), (2, "empty")]
+
+
+def test_text_of_parquet_that_is_not_utf8_costs_one_row(tmp_path):
+    broken = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 5, 0, 0, 0])),
+                                                    pa.py_buffer(b"\xff\xfefor")])  # fmt: skip
+    stack(tmp_path / "a.parquet", content=broken)
+    records = read_all(source(tmp_path / "a.parquet", format="the_stack"))
+    assert [getattr(r, "reason", None) or r.text for r in records] == ["not_utf8", "for"]
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lambda f: None, {}, r"sources\.s\.paths: .*\*\.jsonl matches no file; correct it or leave the source out"),
+        (lambda f: (f / "a.jsonl").write_text("x"), {"format": "the_stack"}, r"a\.jsonl: not a Parquet file"),
+        (lambda f: stack(f / "a.jsonl", text=["x"], size=[1]), {"format": "the_stack"},
+         r"a\.jsonl: the_stack needs column content, the file has text, size"),
+        (lambda f: stack(f / "a.jsonl", content=[1]), {"format": "the_stack"},
+         r"a\.jsonl: column content must hold text, it holds int64"),
+        (lambda f: (f / "a.csv").write_text("x"), {"paths": ("{}/*.csv",)},
+         r"a\.csv: format redpajama reads \.jsonl, \.jsonl\.zst, \.jsonl\.gz; narrow the source's paths"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_the_source_stop_the_inventory(tmp_path, make, settings, message):
+    make(tmp_path)
+    if "paths" in settings:
+        settings = settings | {"paths": tuple(path.format(tmp_path) for path in settings["paths"])}
+    with pytest.raises(DataError, match=message):
+        sources.inventory(source(tmp_path / "*.jsonl", **settings), 2**20)

@@ -1,0 +1,119 @@
+import errno
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from openmoe.pipelines import storage
+from openmoe.pipelines.storage import StorageError
+
+
+@pytest.fixture(params=["local", "gs"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        return str(tmp_path)
+    return storage.join(request.getfixturevalue("gcs"), tmp_path.name)
+
+
+def test_what_was_written_is_read_and_listed(folder):
+    storage.write_durable(storage.join(folder, "a", "one.txt"), b"1")
+    storage.write_durable(storage.join(folder, "a", "one.txt"), b"2")
+    storage.write_durable(storage.join(folder, "a", "c++", "two.txt"), b"")
+    assert storage.read_bytes(storage.join(folder, "a", "one.txt")) == b"2"
+    assert storage.list_files(storage.join(folder, "a")) == ["one.txt"]
+    assert storage.glob(storage.join(folder, "a", "**", "*.txt")) == [
+        storage.join(folder, "a", "c++", "two.txt"),
+        storage.join(folder, "a", "one.txt"),
+    ]
+    assert storage.exists(storage.join(folder, "a"))
+    assert not storage.exists(storage.join(folder, "b"))
+    assert storage.list_files(storage.join(folder, "b")) == []
+    assert storage.read_if_present(storage.join(folder, "b")) is None
+    assert storage.info(storage.join(folder, "a", "one.txt")).size == 1
+
+
+def test_the_second_creator_is_refused_and_changes_nothing(folder):
+    path = storage.join(folder, "claims", "7")
+    assert storage.create_if_absent(path, b"first")
+    assert not storage.create_if_absent(path, b"second")
+    assert storage.read_bytes(path) == b"first"
+
+
+def test_one_of_eight_racing_creators_wins(folder):
+    path = storage.join(folder, "race")
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda i: storage.create_if_absent(path, b"%d" % i), range(8)))
+    assert created.count(True) == 1
+    assert storage.read_bytes(path) == b"%d" % created.index(True)
+
+
+def test_a_missing_file_is_one_clear_line(folder):
+    path = storage.join(folder, "nothing")
+    with pytest.raises(StorageError) as error:
+        storage.read_bytes(path)
+    assert str(error.value).startswith(f"{path}: cannot be read: no such file")
+    assert "\n" not in str(error.value)
+
+
+def test_a_local_copy_has_the_recorded_digest(folder, tmp_path):
+    path = storage.join(folder, "shard")
+    storage.write_durable(path, b"rows")
+    digest = hashlib.sha256(b"rows").hexdigest()
+    cache = str(tmp_path / "cache")
+    copy = storage.local_copy(path, cache, sha256=digest)
+    assert storage.read_bytes(copy) == b"rows"
+    storage.write_durable(copy, b"torn")
+    if storage.is_remote(path):
+        assert storage.read_bytes(storage.local_copy(path, cache, sha256=digest)) == b"rows"
+    storage.write_durable(path, b"torn")
+    with pytest.raises(StorageError, match="shard: damaged or replaced"):
+        storage.local_copy(path, str(tmp_path / "empty"), sha256=digest)
+
+
+def test_temporary_files_of_a_killed_writer_are_never_listed(tmp_path):
+    (tmp_path / ".receipt.json.0123.tmp").write_bytes(b"half")
+    assert storage.list_files(str(tmp_path)) == []
+    assert storage.glob(str(tmp_path / "*")) == []
+
+
+def test_permission_denied_is_one_clear_line(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become another user")
+    secret = tmp_path / "secret"
+    secret.mkdir(mode=0o700)
+    (secret / "file").write_bytes(b"x")
+    for parent in [tmp_path, *list(tmp_path.parents)[:3]]:
+        parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(StorageError, match="permission denied; change its permissions"):
+            storage.read_bytes(str(secret / "file"))
+        with pytest.raises(StorageError, match="permission denied"):
+            storage.glob(str(secret / "*"))
+        with pytest.raises(StorageError, match=r"cannot be written \(1 bytes\): permission denied"):
+            storage.write_durable(str(secret / "new"), b"x")
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small tmpfs")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("write", [storage.write_durable, storage.create_if_absent])
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(small_disk, write):
+    path = str(small_disk / "shard")
+    with pytest.raises(StorageError, match="the disk is full; free some space") as error:
+        write(path, bytes(100_000))
+    assert isinstance(error.value.__cause__, OSError)
+    assert error.value.__cause__.errno == errno.ENOSPC
+    assert list(small_disk.iterdir()) == []

@@ -1,0 +1,57 @@
+import shutil
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from openmoe.pipelines.config import DataError
+from openmoe.pipelines.storage import StorageError
+from openmoe.pipelines.tokenizer import Tokenizer
+
+SMALL = "builtin:small_8192"
+
+
+def test_code_and_spaces_survive_a_round_trip():
+    text = "def f(x):\n\treturn  x  # två\n\n    pass \u2028 \x00"
+    tokenizer = Tokenizer(SMALL)
+    ids = tokenizer.encode([text])[0]
+    assert ids.dtype == np.uint32
+    assert tokenizer.decode(ids) == text
+
+
+def test_text_cannot_inject_sentinels_or_ends():
+    ids = Tokenizer(SMALL).encode(["<extra_id_0> </s> <pad> <s>"])[0]
+    assert ids.max() < 8192
+    assert not {0, 1, 2} & set(ids.tolist())
+
+
+def test_sentinels_descend_from_the_highest_id_and_prompts_are_pieces():
+    vocabulary = Tokenizer(SMALL).vocabulary(300)
+    assert (vocabulary.text_vocab_size, vocabulary.first_sentinel, vocabulary.eos_id) == (8192, 8491, 1)
+    assert vocabulary.prompts == {
+        "NLU": (380, 802, 684, 841, 353, 260),
+        "NLG": (380, 802, 684, 677, 353, 260),
+        "S2S": (380, 399, 287, 399, 353, 260),
+    }
+    assert Tokenizer(SMALL).decode([8491, 8490, 8192], 300) == "<extra_id_0><extra_id_1><extra_id_299>"
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_path(tmp_path):
+    with resources.as_file(resources.files("openmoe.pipelines.assets") / "small_8192.model") as model:
+        shutil.copy(model, tmp_path / "spiece.model")
+    assert Tokenizer(str(tmp_path / "spiece.model")).fingerprint == Tokenizer(SMALL).fingerprint
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all", b"\x00" * 100])
+def test_a_file_that_is_no_tokenizer_is_one_clear_line(tmp_path, content):
+    path = tmp_path / "spiece.model"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer: .*spiece.model is no SentencePiece model; give a spiece"):
+        Tokenizer(str(path))
+
+
+def test_an_unknown_or_missing_tokenizer_is_named():
+    with pytest.raises(DataError, match="builtin:huge does not exist; built in: builtin:small_8192"):
+        Tokenizer("builtin:huge")
+    with pytest.raises(StorageError, match=r"/nowhere/spiece.model: cannot be read: no such file"):
+        Tokenizer("/nowhere/spiece.model")
