@@ -1,0 +1,1 @@
+"""Where Ray runs: this machine now, clusters from YAML later."""

@@ -1,0 +1,91 @@
+"""One machine's own Ray: what must be set before Ray is imported, and what `ray.init` is told.
+
+Values only; the callers (driver, tests) do the starting. Ray is not imported here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class LocalRayError(ValueError):
+    """This machine cannot start the Ray that was asked for; the message says what is missing."""
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment that Ray reads when it is imported; children inherit it.
+
+    Token authentication is switched on explicitly with a token of this process's own: left alone, Ray
+    2.60 turns it on for `ray.init`, writes ~/.ray/auth_token, and later commands disagree about it.
+    """
+    return {
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token"),
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def init_arguments(*, num_cpus: int, object_store_bytes: int, dashboard_port: int | None = None) -> dict[str, Any]:
+    """Returns the keyword arguments of `ray.init` for a Ray on this machine alone.
+
+    Args:
+      num_cpus: CPU slots to offer; two workers need two, however few cores there are.
+      object_store_bytes: size of the object store. Receipts and metrics pass through it, never token data.
+      dashboard_port: serves Ray's dashboard on this loopback port; None starts none.
+
+    Raises:
+      LocalRayError: too little shared memory, or the dashboard's port is taken.
+    """
+    check_shared_memory(object_store_bytes)
+    if dashboard_port is not None:
+        check_port_free(dashboard_port)
+    arguments: dict[str, Any] = {
+        "num_cpus": max(num_cpus, os.cpu_count() or 1),
+        "object_store_memory": object_store_bytes,
+        "include_dashboard": dashboard_port is not None,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "_temp_dir": log_dir(),
+    }
+    if dashboard_port is not None:
+        arguments |= {"dashboard_host": "127.0.0.1", "dashboard_port": dashboard_port}
+    return arguments
+
+
+def log_dir() -> str:
+    """Returns the folder of Ray's logs and sockets; short, since a socket's path has at most 103 bytes on macOS."""
+    return f"/tmp/openmoe-ray-{os.getuid()}"
+
+
+def check_shared_memory(object_store_bytes: int) -> None:
+    """Raises LocalRayError when the object store would not fit into shared memory (Linux only)."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+    if free_bytes < object_store_bytes:
+        raise LocalRayError(
+            f"cluster.object_store_bytes: {SHARED_MEMORY} has {free_bytes:,} bytes free, Ray's object store "
+            f"needs {object_store_bytes:,}; free some, mount a larger {SHARED_MEMORY}, or set a smaller "
+            "cluster.object_store_bytes (at least 80,000,000)"
+        )
+
+
+def check_port_free(port: int) -> None:
+    """Raises LocalRayError when `port` of the loopback address is in use."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise LocalRayError(
+                f"cluster.dashboard_port: 127.0.0.1:{port} cannot be used ({error.strerror}); "
+                "choose another port, or leave it out to start no dashboard"
+            ) from error

@@ -1,0 +1,240 @@
+"""The `openmoe` command. Commands import what they need when they run, so that help answers at once."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from openmoe.platform.data_summary import SourceSummary
+    from openmoe.platform.validate import Section
+
+app = typer.Typer(
+    name="openmoe",
+    help="Train OpenMoE Mixture-of-Experts language models on machines that come and go.",
+    epilog="Exit codes: 0 it worked; 1 the run failed; 2 bad input, and the message says what to change.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich would double the time to answer --help
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
+model_app = typer.Typer(help="Look at models.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file, e.g. train.steps=200."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend ends in one line a problem and exit code 2."""
+    try:
+        app(prog_name="openmoe")
+    except ValueError as error:
+        if not isinstance(error, _bad_input()):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def _bad_input() -> tuple[type[ValueError], ...]:
+    from openmoe.clusters.local_ray import LocalRayError
+    from openmoe.pipelines.config import DataError
+    from openmoe.pipelines.storage import StorageError
+    from openmoe.platform.journal import JournalError
+    from openmoe.platform.run_dir import RunDirError
+    from openmoe.platform.spec_errors import SpecError
+
+    return (SpecError, DataError, StorageError, RunDirError, JournalError, LocalRayError)
+
+
+@app.command()
+def quickstart(
+    new: Annotated[bool, typer.Option("--new", help="Start over even if the quickstart run is finished.")] = False,
+    run_dir: Annotated[str | None, typer.Option(help="Where the run is kept; default as in the run file.")] = None,
+) -> None:
+    """Train a small OpenMoE on Python's own text and code."""
+    from openmoe.platform import quickstart as quickstart_module
+
+    raise typer.Exit(quickstart_module.main(new=new, run_dir=run_dir))
+
+
+@app.command()
+def train(run: Run, overrides: Overrides = None) -> None:
+    """Train a run, or go on with it where it stopped."""
+    from openmoe.platform import spec
+
+    loaded = spec.load(run, overrides or ())
+
+    from openmoe.platform import driver  # imports Ray: only once the run file is known to be good
+
+    raise typer.Exit(driver.train(loaded))
+
+
+@app.command()
+def validate(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a run file; show every number that follows from it."""
+    from openmoe.platform import spec
+    from openmoe.platform import validate as validation
+
+    _show_sections(validation.explain(spec.load(run, overrides or ())), as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a run file, for editors."""
+    from openmoe.platform import spec
+
+    print(json.dumps(spec.json_schema(), indent=2))
+
+
+@app.command()
+def runs(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of run directories.")] = "openmoe-runs",
+    as_json: Json = False,
+) -> None:
+    """List the runs of a folder with state, step and loss."""
+    from dataclasses import asdict
+    from datetime import datetime
+
+    from openmoe.platform import run_dir
+
+    found = run_dir.list_runs(folder)
+    if as_json:
+        print(json.dumps([asdict(run) for run in found], indent=2))
+        return
+    if not found:
+        print(f"no runs in {folder}; `openmoe quickstart` starts one")
+        return
+    rows = [
+        (
+            run.name,
+            run.state,
+            f"{run.step:,} / {run.steps:,}",
+            "" if run.loss is None else f"{run.loss:.4f}",
+            f"{datetime.fromtimestamp(run.updated_s).astimezone():%Y-%m-%d %H:%M:%S}",
+            run.path,
+        )
+        for run in found
+    ]
+    _show_table("", ("run", "state", "step", "loss", "updated", "run directory"), rows)
+
+
+@data_app.command("corpus")
+def data_corpus(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it, local or gs://.")],
+    as_json: Json = False,
+) -> None:
+    """Write Python's own library as sample text and code."""
+    from openmoe.pipelines import stdlib_corpus
+
+    summary = stdlib_corpus.write_corpus(directory)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    rows = [(name, f"{n:,}", f"{summary['bytes'][name]:,}") for name, n in summary["documents"].items()]
+    _show_table(directory, ("subset", "documents", "bytes"), rows)
+
+
+@data_app.command("build")
+def data_build(run: Run, overrides: Overrides = None) -> None:
+    """Build the shards that a run reads, and stop there."""
+    from openmoe.platform import spec
+
+    loaded = spec.load(run, overrides or ())
+
+    from openmoe.platform import driver, progress, ray_session
+
+    loaded = driver.with_absolute_paths(loaded)
+    with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
+        driver.build_data(loaded, show)
+
+
+@data_app.command("show")
+def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a run's data consists of, by source."""
+    from openmoe.platform import spec
+
+    loaded = spec.load(run, overrides or ())
+
+    from openmoe.platform import data_summary
+
+    found = data_summary.builds(loaded.data, loaded.data_dir)
+    summaries = {manifest.data_id: data_summary.summarize(manifest) for manifest in found}
+    if as_json:
+        print(json.dumps({data_id: [s._asdict() for s in rows] for data_id, rows in summaries.items()}, indent=2))
+        return
+    columns = (
+        "source",
+        "share",
+        "documents",
+        "bad",
+        "tokens a pass",
+        "passes",
+        "rows",
+        "fill",
+        "loss",
+        "denoisers",
+    )
+    for data_id, sources in summaries.items():
+        _show_table(f"data {data_id}", columns, [_source_row(source) for source in sources])
+
+
+def _source_row(source: "SourceSummary") -> tuple[str, ...]:
+    return (
+        source.name,
+        f"{source.share:.2%}",
+        f"{source.documents:,}",
+        f"{source.bad:,}",
+        f"{source.tokens:,}",
+        f"{source.passes}",
+        f"{source.rows:,}",
+        f"{source.fill:.1%}",
+        f"{source.loss:.1%}",
+        " ".join(f"{name} {share:.0%}" for name, share in source.denoisers.items()),
+    )
+
+
+@model_app.command("describe")
+def model_describe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, such as openmoe-8b.")],
+    as_json: Json = False,
+) -> None:
+    """Show a preset's parameters by component, and its FLOPs."""
+    from openmoe.model.config import PRESETS
+    from openmoe.platform import validate as validation
+    from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean
+
+    if name not in PRESETS:
+        raise SpecError([Problem("", f"no preset of this name; {did_you_mean(name, PRESETS)}")], name)
+    _show_sections(validation.describe_model(PRESETS[name]), as_json=as_json)
+
+
+def _show_sections(sections: "Sequence[Section]", *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({s.title: {fact.key: fact.value for fact in s.facts} for s in sections}, indent=2))
+        return
+    for section in sections:
+        _show_table(section.title, ("", "", ""), [(fact.key, fact.text, fact.note) for fact in section.facts])
+
+
+def _show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; piped output is as wide as its content, so that no path is cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    table = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table, highlight=False)
+    console.print()

@@ -1,0 +1,49 @@
+"""Joins the Ray cluster that the environment names, or starts a Ray on this machine while it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator
+
+from openmoe.clusters import local_ray
+from openmoe.platform.spec import ClusterConfig
+
+
+@contextlib.contextmanager
+def started(cluster: ClusterConfig) -> Generator[str]:
+    """Yields where Ray runs, in words; a Ray that was started here ends with the block.
+
+    `RAY_ADDRESS` names a running cluster, as it does inside a Ray job. Ray's own lines go to its log folder.
+
+    Raises:
+      LocalRayError: this machine cannot start it.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.update(local_ray.environment())
+    if address or cluster.dashboard_port is not None:
+        os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # the dashboard's Train page; costs 10 s at start
+    import ray
+
+    if ray.is_initialized():
+        yield "the Ray of this process"
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        where = f"the Ray cluster at {address}"
+    else:
+        needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
+        arguments = local_ray.init_arguments(
+            num_cpus=needed,
+            object_store_bytes=cluster.object_store_bytes,
+            dashboard_port=cluster.dashboard_port,
+        )
+        ray.init(**arguments)
+        where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
+    try:
+        yield where
+    finally:
+        ray.shutdown()

@@ -1,0 +1,106 @@
+"""Keeps what an incarnation has to tell: a record a step, its events, the chain over the rows it consumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from openmoe.platform.journal import Journal
+from openmoe.platform.lineage import Claim, Position
+from openmoe.platform.run_dir import RunDir
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a step is NaN or infinite."""
+
+
+class Recorder:
+    """Writes metrics and events of one process; only process 0's metrics are kept, since all are the same.
+
+    Metrics are read one step late, so that the devices never wait for the host.
+    """
+
+    def __init__(self, run: RunDir, claim: Claim, report: Callable[[dict[str, Any]], None]) -> None:
+        process = jax.process_index()
+        self._leads = process == 0
+        self._events = Journal(run.at("journal"), incarnation=claim.incarnation, process=process)
+        self._metrics = Journal(run.at("metrics"), incarnation=claim.incarnation, process=process)
+        self._report = report
+        self._in_flight: tuple[Position, Position, dict[str, Array]] | None = None
+        self._last = Position()
+        self._last_time_s = time.time()
+        self.ledger_head = ""
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.event("raised", error=f"{type(error).__name__}: {error}")
+        self.flush()
+
+    def begin(self, position: Position, ledger_head: str) -> None:
+        """Says where the incarnation starts; the time of the first step counts from here."""
+        self._last, self.ledger_head, self._last_time_s = position, ledger_head, time.time()
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Journals something that happened, with the time it happened."""
+        self._events.append({"event": kind, "time_s": time.time(), **facts})
+
+    def record(self, position: Position, metrics: dict[str, Array]) -> None:
+        """Takes the metrics of the step that led to `position`, and keeps those of the step before it.
+
+        Raises:
+          NonFiniteLoss: the step before this one gave a NaN or infinite loss.
+        """
+        self.catch_up()
+        self._in_flight = (self._last, position, metrics)
+        self._last = position
+
+    def catch_up(self) -> None:
+        """Waits for the step in flight, if any, and keeps its metrics."""
+        if self._in_flight is None:
+            return
+        before, position, metrics = self._in_flight
+        self._in_flight = None
+        values = {name: _to_json(value) for name, value in jax.device_get(metrics).items()}
+        rows = [before.next_row, position.next_row]
+        self.ledger_head = _chain(self.ledger_head, position.step, rows, values["batch_checksum"])
+        now_s = time.time()
+        record = {
+            "step": position.step,
+            "rows": rows,
+            "time_s": now_s,
+            "step_s": now_s - self._last_time_s,
+            **values,
+        }
+        self._last_time_s = now_s
+        if self._leads:
+            self._metrics.append(record)
+            self._report(record)
+        if not math.isfinite(values["total_loss"]):
+            raise NonFiniteLoss(f"step {position.step}, rows {rows[0]}..{rows[1] - 1}: loss {values['total_loss']}")
+
+    def flush(self) -> None:
+        """Makes all that was kept so far durable."""
+        self._metrics.flush()
+        self._events.flush()
+
+
+def _to_json(value: np.ndarray) -> Any:
+    return np.asarray(value).tolist()
+
+
+def _chain(head: str, step: int, rows: list[int], batch_checksum: list[int]) -> str:
+    return hashlib.sha256(json.dumps([head, step, rows, batch_checksum]).encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""What a run has to say at its end: a fold over the run directory, printed and kept."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+from openmoe.pipelines.loader import Loader
+from openmoe.platform.dashboard import summary
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.spec import RunSpec
+
+LAST_STEPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """The result of a run.
+
+    Attributes:
+      steps: optimizer steps along the line of truth.
+      tokens: rows x row length consumed by them, padding included.
+      loss: mean cross-entropy of the last 10 steps, nats per loss-carrying token, sentinels left out.
+      unigram_entropy: of the same kind of tokens over the whole stream that was read, nats.
+      tokens_per_s: of the median step.
+      incarnations: worker groups that were started, restarts included.
+      samples: [prompt, continuation] pairs from the final state.
+    """
+
+    steps: int
+    tokens: int
+    loss: float
+    unigram_entropy: float
+    tokens_per_s: float
+    incarnations: int
+    samples: list[list[str]]
+
+    def lines(self, run: str) -> list[str]:
+        """Returns the report for a terminal."""
+        gain = self.unigram_entropy - self.loss
+        samples = [f"  sample         {prompt!r} -> {text!r}" for prompt, text in self.samples]
+        return [
+            f"{self.steps:,} steps, {self.tokens:,} tokens, {self.incarnations} incarnation(s)",
+            f"  final loss     {self.loss:.3f} nats: cross-entropy of the last {LAST_STEPS} steps, sentinels left out",
+            f"  unigram        {self.unigram_entropy:.3f} nats: entropy of the same tokens, {gain:.3f} above the loss",
+            f"  speed          {self.tokens_per_s:,.0f} tokens/s in the median step",
+            *samples,
+            f"  run directory  {run}",
+            f"  look           {run}/summary.html",
+            f"  go on          the same command with train.steps={2 * self.steps}",
+        ]
+
+
+def compute(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
+    """Folds the run directory into its report."""
+    trace = run.trace()
+    tokens_per_step = spec.train.batch_rows * spec.data.seq_len
+    loader = Loader(manifest_path)
+    samples = [event["samples"] for event in run.events() if event["event"] == "sampled"]
+    return RunReport(
+        steps=trace[-1]["step"],
+        tokens=len(trace) * tokens_per_step,
+        loss=statistics.fmean(record["text_loss"] for record in trace[-LAST_STEPS:]),
+        unigram_entropy=loader.unigram_entropy(0, trace[-1]["rows"][1]),
+        tokens_per_s=tokens_per_step / statistics.median(record["step_s"] for record in trace),
+        incarnations=len(run.claims()),
+        samples=samples[-1] if samples else [],
+    )
+
+
+def finish(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
+    """Writes finished.json and summary.html, the end of a successful run."""
+    result = compute(spec, run, manifest_path)
+    summary.write(spec, run, result.lines(run.path), result.unigram_entropy)
+    run.finish({"time_s": time.time(), **asdict(result)})
+    return result

@@ -1,0 +1,204 @@
+"""The run directory, local or gs://: the truth about what happened.
+
+run.json                  the resolved spec and its hash, created once
+incarnations/000001.json  created if absent: who may write, and which acceptance it goes on from
+accepted/000001.json      created if absent: a checkpoint that counts
+quarantined/000001.json   an acceptance whose checkpoint could not be restored, and why
+checkpoints/000001/<step> Orbax, a folder for each incarnation
+journal/  metrics/        segments (journal.py)
+data/                     token cache, shards, manifest (unless data.dir says otherwise)
+finished.json             the end of a successful run
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openmoe.pipelines import storage
+from openmoe.platform import journal, lineage
+from openmoe.platform import spec as spec_file
+from openmoe.platform.lineage import Acceptance, Claim
+from openmoe.platform.spec import RunSpec
+
+
+class RunDirError(ValueError):
+    """The run directory does not fit what was asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and records of one run; holds no state but its address."""
+
+    path: str
+
+    def at(self, *parts: str) -> str:
+        """Returns the address of something inside."""
+        return storage.join(self.path, *parts)
+
+    def exists(self) -> bool:
+        """Returns whether a run lives here."""
+        return storage.exists(self.at("run.json"))
+
+    def create(self, spec: RunSpec) -> None:
+        """Writes run.json, or checks that the one there is of the same mathematics and data.
+
+        Raises:
+          RunDirError: another run lives here, or something that is no run.
+        """
+        mathematics = spec_file.mathematics(spec)
+        record = {
+            "format": 1,
+            "name": spec.name,
+            "spec_hash": spec_file.spec_hash(spec),
+            "mathematics": mathematics,
+            "spec": spec.model_dump(mode="json"),
+            "created_s": time.time(),
+        }
+        if storage.create_if_absent(self.at("run.json"), _encode(record)):
+            return
+        there = self.read_json("run.json")
+        if there.get("spec_hash") != record["spec_hash"]:
+            changed = "; ".join(_differences(there.get("mathematics", {}), mathematics))
+            raise RunDirError(
+                f"run_dir: {self.path} belongs to another run ({changed}); "
+                "choose another run_dir, or restore those settings to go on with it"
+            )
+
+    def read_json(self, *parts: str) -> dict[str, Any]:
+        """Returns a JSON object kept inside."""
+        path = self.at(*parts)
+        try:
+            return json.loads(storage.read_bytes(path))
+        except ValueError as error:
+            raise RunDirError(f"{path}: not readable as JSON ({error}); the run directory is damaged") from error
+
+    def _records(self, folder: str) -> list[dict[str, Any]]:
+        names = storage.list_files(self.at(folder))
+        return [self.read_json(folder, name) for name in names if re.fullmatch(r"\d{6}\.json", name)]
+
+    def claims(self) -> list[Claim]:
+        """Returns all claims, oldest first."""
+        return [Claim(**record) for record in self._records("incarnations")]
+
+    def acceptances(self) -> list[Acceptance]:
+        """Returns all acceptances ever written, those that do not count included."""
+        return [Acceptance(**record) for record in self._records("accepted")]
+
+    def quarantined(self) -> list[int]:
+        """Returns the numbers of the acceptances that must not be restored."""
+        return [record["number"] for record in self._records("quarantined")]
+
+    def newest_accepted(self) -> Acceptance | None:
+        """Returns the acceptance a new incarnation goes on from; None means from scratch."""
+        valid = lineage.valid_acceptances(self.claims(), self.acceptances(), self.quarantined())
+        return valid[-1] if valid else None
+
+    def step_of(self, number: int) -> int:
+        """Returns the step at which acceptance `number` stands; 0 is the start."""
+        return next((a.step for a in self.acceptances() if a.number == number), 0)
+
+    def claim(self) -> Claim:
+        """Claims the next incarnation, which ends the acceptances of all earlier ones.
+
+        Raises:
+          RunDirError: another driver claimed the same number at the same time.
+        """
+        resumes = self.newest_accepted()
+        number = max((c.incarnation for c in self.claims()), default=0) + 1
+        claim = Claim(incarnation=number, resumes=resumes.number if resumes else 0, time_s=time.time())
+        record = {"incarnation": claim.incarnation, "resumes": claim.resumes, "time_s": claim.time_s}
+        if not storage.create_if_absent(self.at("incarnations", f"{number:06d}.json"), _encode(record)):
+            raise RunDirError(
+                f"run_dir: {self.path} has just been claimed by another driver (incarnation {number}); "
+                "one driver a run directory: stop the other, or choose another run_dir"
+            )
+        return claim
+
+    def accept(self, acceptance: Acceptance) -> Acceptance:
+        """Writes the acceptance under the first free number from its own on; returns it as written."""
+        while True:
+            path = self.at("accepted", f"{acceptance.number:06d}.json")
+            if storage.create_if_absent(path, _encode(acceptance.to_json())):
+                return acceptance
+            acceptance = replace(acceptance, number=acceptance.number + 1)
+
+    def quarantine(self, number: int, reason: str) -> None:
+        """Bars an acceptance from being restored ever again."""
+        record = {"number": number, "reason": reason, "time_s": time.time()}
+        storage.create_if_absent(self.at("quarantined", f"{number:06d}.json"), _encode(record))
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Returns the metric record of every step along the line of truth, in step order."""
+        records: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for incarnation, _, record in journal.read(self.at("metrics")):
+            records[incarnation].append(record)
+        return [dict(r) for r in lineage.trace(self.claims(), self.acceptances(), records)]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Returns the journal's records, each with its incarnation and process, in time order."""
+        events = [{"incarnation": n, "process": p, **r} for n, p, r in journal.read(self.at("journal"))]
+        return sorted(events, key=lambda event: event["time_s"])
+
+    def finished(self) -> dict[str, Any] | None:
+        """Returns what finished.json says, or None while the run is not finished."""
+        return self.read_json("finished.json") if storage.exists(self.at("finished.json")) else None
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Marks the run as finished."""
+        storage.write_durable(self.at("finished.json"), _encode(record))
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Returns dotted paths whose values differ, as "a.b: 1 there, 2 here"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One line of `openmoe runs`."""
+
+    name: str
+    path: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    updated_s: float
+
+
+def list_runs(folder: str) -> list[RunSummary]:
+    """Returns the runs found directly in `folder`, oldest first; a folder without run.json is no run."""
+    runs = []
+    for name in storage.list_folders(folder):
+        run = RunDir(storage.join(folder, name))
+        if run.exists():
+            runs.append(summarize(run))
+    return sorted(runs, key=lambda run: run.updated_s)
+
+
+def summarize(run: RunDir) -> RunSummary:
+    """Returns the state of one run, from its files alone."""
+    record = run.read_json("run.json")
+    trace, finished = run.trace(), run.finished()
+    last = trace[-1] if trace else {}
+    return RunSummary(
+        name=record["name"],
+        path=run.path,
+        state="finished" if finished else "resumable" if trace else "started",
+        step=last.get("step", 0),
+        steps=record["spec"]["train"]["steps"],
+        loss=last.get("loss"),
+        updated_s=last.get("time_s", record["created_s"]),
+    )

@@ -1,0 +1,167 @@
+"""The run file: one frozen `RunSpec` is all that decides what a run does.
+
+    runs/quickstart.yaml --load--> RunSpec --dump--> the resolved file in the run directory
+
+The settings of the model and of the data belong to their packages; this file puts them together with those of
+the run itself, and is the only door: unknown keys, wrong types and impossible combinations end here, all of
+them at once, each with its dotted path and what to write instead.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from openmoe.model.config import PRESETS, ModelConfig, OptimizerConfig
+from openmoe.pipelines.config import DataConfig
+from openmoe.platform import spec_checks, spec_source, spec_yaml
+from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
+from openmoe.platform.spec_sections import BudgetsConfig, ClusterConfig, MeshConfig, Section, TrainConfig
+
+
+class RunSpec(Section):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="Shown in lists and dashboards.")
+    run_dir: str = Field(min_length=1, description="Everything the run leaves behind: local path or gs://.")
+    data_dir: str = Field(
+        default_factory=lambda fields: f"{fields.get('run_dir', '').rstrip('/')}/data",
+        min_length=1,
+        description="Token cache, shards and manifest; <run_dir>/data if not given. Runs may share one.",
+    )
+    sample_corpus: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Local folder into which Python's own library is written first, as sample text and code.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Of initialisation, order, noise and mixture.")
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    mesh: MeshConfig
+    cluster: ClusterConfig
+    budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
+
+    @model_validator(mode="after")
+    def _refuse_the_impossible(self) -> Self:
+        problems = spec_checks.impossible_combinations(
+            model=self.model, data=self.data, train=self.train, mesh=self.mesh, cluster=self.cluster
+        )
+        if problems:
+            raise SpecError(problems)
+        return self
+
+
+def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
+    """Reads a run file.
+
+    Args:
+      path_or_name: a path, or the bare name of a run file shipped with the package ("quickstart").
+      overrides: "key.path=value" each, the value in YAML; they win over the file.
+
+    Raises:
+      SpecError: with every problem of the file and the overrides.
+    """
+    source = spec_source.read(path_or_name)
+    for override in overrides:
+        source.override(override)
+    problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
+    refused = {problem.path for problem in problems}
+    try:
+        spec = RunSpec.model_validate_json(json.dumps(source.values))
+    except ValidationError as error:
+        problems += [problem for problem in problems_of(error, json_schema()) if problem.path not in refused]
+    if problems:
+        raise SpecError(problems, source.where, source.origins)
+    return spec
+
+
+def dump(spec: RunSpec) -> str:
+    """The resolved run file: every setting written out, and `load` reads it back equal."""
+    values = spec.model_dump(mode="json")
+    del values["data"]["seed"]
+    return spec_yaml.dump(values)
+
+
+# A run directory is bound to these. The rest may change while a run goes on: where it runs and is kept
+# (name, run_dir, data_dir, sample_corpus, mesh, cluster, budgets), how long it goes, when it saves and what
+# it samples (the rest of train), and how much dirt a source may hold (data.sources.*.max_bad_share).
+HASHED_SECTIONS = ("seed", "model", "data", "optimizer")
+HASHED_TRAIN_FIELDS = ("batch_rows", "microbatches")
+
+
+def mathematics(spec: RunSpec) -> dict[str, Any]:
+    """The settings that decide the numbers: model, data, seed, optimizer, and what one step consumes."""
+    values = spec.model_dump(mode="json")
+    for source in values["data"]["sources"]:
+        del source["max_bad_share"]
+    return {
+        **{section: values[section] for section in HASHED_SECTIONS},
+        "train": {field: values["train"][field] for field in HASHED_TRAIN_FIELDS},
+    }
+
+
+def spec_hash(spec: RunSpec) -> str:
+    """SHA-256 of `mathematics(spec)`, in hex; a resize, a move or a longer run keeps it."""
+    canonical = json.dumps(mathematics(spec), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a run file, for editors and for the names of known keys."""
+    schema = RunSpec.model_json_schema()
+    for definition in schema["$defs"].values():
+        _describe_properties(definition)
+    model, data = schema["$defs"]["ModelConfig"], schema["$defs"]["DataConfig"]
+    preset = {"enum": list(PRESETS), "description": "Where the fields not given here come from."}
+    model["properties"] = {"preset": preset, **model["properties"]}
+    model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required")}]
+    del data["properties"]["seed"]
+    data["required"].remove("seed")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "OpenMoE run file"}
+
+
+def _describe_properties(definition: dict[str, Any]) -> None:
+    """Moves the `Attributes:` of a class docstring to the properties they describe."""
+    summary, _, attributes = definition["description"].partition("\n\nAttributes:\n")
+    definition["description"] = summary
+    for name, text in re.findall(r"^  (\w+): (.+(?:\n    .+)*)", attributes, re.MULTILINE):
+        definition["properties"][name]["description"] = " ".join(text.split())
+
+
+def _resolve_preset(values: dict[str, Any]) -> list[Problem]:
+    """Replaces `model.preset` by the preset's fields under those given beside it."""
+    model = values.get("model")
+    if isinstance(model, str):
+        values["model"] = asdict(PRESETS["openmoe-nano"])
+        return [Problem("model", f"expected a mapping; write `model: {{preset: {model}}}`")]
+    if not isinstance(model, dict):
+        return []
+    preset = model.pop("preset", None)
+    if isinstance(preset, str) and preset in PRESETS:
+        values["model"] = asdict(PRESETS[preset]) | model
+        return []
+    required = {field.name for field in fields(ModelConfig) if field.default is MISSING}
+    if preset is None and required <= model.keys():
+        return []
+    values["model"] = asdict(PRESETS["openmoe-nano"]) | model
+    if preset is None:
+        missing = ", ".join(sorted(required - model.keys()))
+        return [Problem("model", f"missing {missing}; add them, or `preset:` (one of {', '.join(PRESETS)})")]
+    return [Problem("model.preset", f"no preset {show(preset)}; {did_you_mean(str(preset), PRESETS)}")]
+
+
+def _share_seed(values: dict[str, Any]) -> list[Problem]:
+    """Gives the data the run's one seed."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return []
+    given = "seed" in data
+    seed = values.get("seed", 0)
+    data["seed"] = seed if type(seed) is int else 0
+    return [Problem("data.seed", "a run has one seed; write it as the top-level `seed`")] if given else []

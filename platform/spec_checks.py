@@ -1,0 +1,124 @@
+"""Combinations of settings that cannot work together, each named with the numbers that clash.
+
+The mathematics fixes the microbatch and the routing groups; a device always holds whole groups of whole rows,
+so that a resize changes only who computes what.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from openmoe.model.config import ModelConfig
+from openmoe.pipelines.config import DataConfig
+from openmoe.platform.spec_errors import Problem
+from openmoe.platform.spec_sections import ClusterConfig, MeshConfig, TrainConfig
+
+
+class Mesh(NamedTuple):
+    """Devices along the two axes."""
+
+    data: int
+    expert: int
+
+
+def impossible_combinations(
+    *, model: ModelConfig, data: DataConfig, train: TrainConfig, mesh: MeshConfig, cluster: ClusterConfig
+) -> list[Problem]:
+    """Every clash between settings that are each fine by themselves."""
+    return [
+        *_lengths(train, data),
+        *_vocabulary(model, data),
+        *_batch(train, model, data, mesh),
+        *_mesh(mesh, cluster, model),
+        *_cluster(cluster),
+    ]
+
+
+def legal_meshes(model: ModelConfig, *, rows: int, seq_len: int) -> list[Mesh]:
+    """Every mesh that can train this model on microbatches of `rows` rows, fewest devices first."""
+    experts = range(1, model.num_experts + 1) if model.num_experts else (1,)
+    return [
+        Mesh(data=devices // expert, expert=expert)
+        for devices in range(1, rows + 1)
+        if _holds_whole_groups(model, rows=rows, seq_len=seq_len, devices=devices)
+        for expert in experts
+        if devices % expert == 0 and (model.num_experts == 0 or model.num_experts % expert == 0)
+    ]
+
+
+def _holds_whole_groups(model: ModelConfig, *, rows: int, seq_len: int, devices: int) -> bool:
+    if rows % devices:
+        return False
+    return model.num_moe_layers == 0 or rows // devices * seq_len % model.group_size == 0
+
+
+def _lengths(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
+    if train.checkpoint_every_steps > train.steps:
+        yield Problem(
+            "train.checkpoint_every_steps",
+            f"must be <= train.steps={train.steps}, got {train.checkpoint_every_steps}",
+        )
+    if train.sample_tokens >= data.seq_len:
+        yield Problem("train.sample_tokens", f"must be < data.seq_len={data.seq_len}, got {train.sample_tokens}")
+
+
+def _vocabulary(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
+    needed = model.text_vocab_size + data.num_sentinels
+    if model.vocab_size < needed:
+        yield Problem(
+            "model.vocab_size",
+            f"must be >= {needed} (text_vocab_size={model.text_vocab_size} + "
+            f"data.num_sentinels={data.num_sentinels}), got {model.vocab_size}",
+        )
+
+
+def _batch(train: TrainConfig, model: ModelConfig, data: DataConfig, mesh: MeshConfig) -> Iterator[Problem]:
+    devices = mesh.num_devices
+    if train.batch_rows % train.microbatches:
+        yield Problem(
+            "train.microbatches",
+            f"must divide train.batch_rows={train.batch_rows}, got {train.microbatches}",
+        )
+        return
+    rows = train.batch_rows // train.microbatches
+    if rows % devices:
+        yield Problem(
+            "train.batch_rows",
+            f"{rows} rows a microbatch cannot be divided over {devices} devices (mesh); "
+            f"make batch_rows a multiple of {devices * train.microbatches}, got {train.batch_rows}",
+        )
+    elif not _holds_whole_groups(model, rows=rows, seq_len=data.seq_len, devices=devices):
+        tokens = rows // devices * data.seq_len
+        yield Problem(
+            "model.group_size",
+            f"must divide the {tokens} tokens a device holds of a microbatch ({rows // devices} rows x "
+            f"{data.seq_len}), got {model.group_size}; use fewer devices, fewer microbatches or "
+            "smaller groups (which changes the mathematics)",
+        )
+
+
+def _mesh(mesh: MeshConfig, cluster: ClusterConfig, model: ModelConfig) -> Iterator[Problem]:
+    experts = model.num_experts
+    workers, each = cluster.num_workers, cluster.devices_per_worker
+    if mesh.num_devices != workers * each:
+        yield Problem(
+            "mesh",
+            f"data={mesh.data} x expert={mesh.expert} is {mesh.num_devices} devices, the cluster has "
+            f"num_workers={workers} x devices_per_worker={each} = {workers * each}",
+        )
+    if experts == 0 and mesh.expert != 1:
+        yield Problem("mesh.expert", f"must be 1 for a dense model (num_experts=0), got {mesh.expert}")
+    elif experts and experts % mesh.expert:
+        yield Problem("mesh.expert", f"must divide model.num_experts={experts}, got {mesh.expert}")
+
+
+def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:
+    for field in ("topology", "accelerator_type"):
+        given = getattr(cluster, field)
+        if cluster.accelerator == "tpu" and given is None:
+            example = "4x4x4" if field == "topology" else "TPU-V4"
+            yield Problem(f"cluster.{field}", f"needed when accelerator is tpu; add it, such as `{field}: {example}`")
+        if cluster.accelerator != "tpu" and given is not None:
+            yield Problem(
+                f"cluster.{field}",
+                f"only means something when accelerator is tpu (it is {cluster.accelerator}); remove it",
+            )

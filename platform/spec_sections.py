@@ -1,0 +1,76 @@
+"""The sections of a run file that belong to the platform; model and data have theirs in their own packages."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Part of a run file: frozen, of exact types, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class TrainConfig(Section):
+    """How long, how large a step, how often to save."""
+
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run; may be raised later.")
+    batch_rows: int = Field(ge=1, le=2**20, description="Rows of a step, all devices and microbatches together.")
+    microbatches: int = Field(
+        default=1,
+        ge=1,
+        description="Equal parts of a step: losses and routing groups are formed in each, gradients summed.",
+    )
+    checkpoint_every_steps: int = Field(ge=1, description="Steps between checkpoints; the last step saves too.")
+    keep_checkpoints: int = Field(default=3, ge=1, description="Newest checkpoints kept.")
+    sample_tokens: int = Field(default=32, ge=0, description="Tokens sampled when the run ends; 0 for none.")
+
+
+class MeshConfig(Section):
+    """How the devices are laid out; a resize changes this and never the mathematics."""
+
+    data: int = Field(default=1, ge=1, description="Devices along the data axis.")
+    expert: int = Field(default=1, ge=1, description="Devices along the expert axis: experts are divided over it.")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the whole mesh."""
+        return self.data * self.expert
+
+
+class ClusterConfig(Section):
+    """What Ray Train is asked for."""
+
+    accelerator: Literal["cpu", "gpu", "tpu"] = Field(default="cpu", description="Kind of device.")
+    num_workers: int = Field(ge=1, description="Worker processes; on TPUs one a host.")
+    devices_per_worker: int = Field(ge=1, description="Devices of each worker; on cpu these are virtual.")
+    topology: str | None = Field(
+        default=None, pattern=r"^\d+x\d+(x\d+)?$", description="Chips of one TPU slice, such as 4x4x4."
+    )
+    accelerator_type: str | None = Field(
+        default=None, pattern=r"^TPU-V", description="Ray's name of the TPU generation, such as TPU-V4."
+    )
+    cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs Ray reserves for each worker.")
+    heartbeat_timeout_s: int = Field(default=30, ge=5, description="Silence after which a peer is dead.")
+    shutdown_timeout_s: int = Field(default=20, ge=1, description="Wait for the peers when a worker ends.")
+    init_timeout_s: int = Field(default=120, ge=10, description="Wait for all workers to join the group.")
+    object_store_bytes: int = Field(
+        default=200_000_000,
+        ge=80_000_000,
+        description="Shared memory of a Ray that this command starts; a running cluster keeps its own.",
+    )
+    dashboard_port: int | None = Field(
+        default=None, ge=1024, le=65535, description="Port of Ray's dashboard; without one it is not started."
+    )
+
+
+class BudgetsConfig(Section):
+    """Restarts each cause may cost before the run is given up; bad input is never retried."""
+
+    preemption: int = Field(default=1000, ge=0, description="The provider took the machines back.")
+    host_fault: int = Field(default=10, ge=0, description="A process or machine died by itself.")
+    hang: int = Field(default=3, ge=0, description="A step that never ended.")
+    out_of_memory: int = Field(default=1, ge=0, description="A worker ran out of memory.")
+    bad_numbers: int = Field(default=0, ge=0, description="A loss that is not finite.")
+    bad_code: int = Field(default=0, ge=0, description="An exception in the training code.")
+    unknown: int = Field(default=3, ge=0, description="An end without evidence.")

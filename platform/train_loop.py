@@ -1,0 +1,122 @@
+"""What every training process does, from the newest accepted checkpoint to the last step.
+
+All processes run this same function over the same global row numbers; process 0 alone writes records. The
+order at a save, so that an accepted checkpoint always has its records beside it:
+
+    step -> its metrics -> save begins (asynchronous) -> metrics durable -> save committed -> acceptance
+
+kill -9 at any moment leaves the newest acceptance in force. The steps after it are done again, from the very
+next row and, on the same topology, with the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from openmoe.model import sharding, step
+from openmoe.pipelines.loader import Loader
+from openmoe.platform import sampling
+from openmoe.platform.lineage import Claim
+from openmoe.platform.recorder import Recorder
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.saver import Saver
+from openmoe.platform.spec import RunSpec
+
+BATCH_KEYS = ("input_ids", "target_ids", "loss_weights", "segment_ids", "positions")
+
+
+def train(
+    spec: RunSpec, run: RunDir, claim: Claim, manifest_path: str, report: Callable[[dict[str, Any]], None]
+) -> step.TrainState:
+    """Trains one incarnation, from the acceptance that its claim names to the last step.
+
+    Args:
+      spec: of the run, the same in all processes.
+      run: the run directory.
+      claim: this incarnation's.
+      manifest_path: of the data build whose rows are trained on.
+      report: called by process 0 with the record of each step, for those who watch.
+
+    Returns:
+      The final train state, sharded over the mesh.
+
+    Raises:
+      NonFiniteLoss, DamagedCheckpoint, Superseded: the driver decides what follows.
+    """
+    check_process_group(spec)
+    mesh = sharding.make_mesh(data=spec.mesh.data, expert=spec.mesh.expert)
+    loader = Loader(manifest_path)
+    with Recorder(run, claim, report) as recorder:
+        recorder.event("started", mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint())
+        saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
+        state, position = saver.restore(mesh)
+        train_step = step.make_train_step(spec.model, spec.optimizer, mesh)
+
+        while position.step < spec.train.steps:
+            batch = global_batch(spec, mesh, loader, first_row=position.next_row)
+            state, metrics = train_step(state, batch)
+            position = position.after(rows=spec.train.batch_rows)
+            recorder.record(position, metrics)  # waits for the step before this one, which stays in flight
+            if saver.is_due(position.step):
+                recorder.catch_up()
+                saver.save(state, position)
+            saver.accept_committed()
+        saver.wait()
+        sampling.record_samples(spec, state, recorder)
+    return state
+
+
+def check_process_group(spec: RunSpec) -> None:
+    """Raises RuntimeError unless all workers are in one JAX process group with the devices of the run file.
+
+    On CPU, Ray's own JaxTrainer starts processes that each train alone, without a word.
+    """
+    wanted = (spec.cluster.num_workers, spec.cluster.num_workers * spec.cluster.devices_per_worker)
+    found = (jax.process_count(), jax.device_count())
+    if found != wanted:
+        raise RuntimeError(
+            f"cluster: the JAX process group has {found[0]} processes and {found[1]} devices, the run file says "
+            f"num_workers={wanted[0]} x devices_per_worker={spec.cluster.devices_per_worker}"
+        )
+
+
+def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -> dict[str, Array]:
+    """Reads one step's rows onto the mesh.
+
+    Each device asks for the index ranges that the sharding gives it, so no rank arithmetic is needed and hosts
+    may share rows.
+
+    Returns:
+      The batch keys, each [microbatches, rows per microbatch, seq]; row r of microbatch m is global row
+      first_row + m * rows_per_microbatch + r.
+    """
+    num_micro, rows_per_micro = spec.train.microbatches, spec.train.batch_rows // spec.train.microbatches
+    shape = (num_micro, rows_per_micro, spec.data.seq_len)
+    read = functools.cache(loader.rows)
+
+    def block(key: str, index: Any) -> np.ndarray:  # index: a slice for each axis
+        start, stop, _ = index[1].indices(rows_per_micro)
+        bases = [first_row + m * rows_per_micro for m in range(*index[0].indices(num_micro))]
+        return np.stack([read(base + start, base + stop)[key] for base in bases])[..., index[2]]
+
+    layout = sharding.batch_sharding(mesh)
+    return {key: jax.make_array_from_callback(shape, layout, functools.partial(block, key)) for key in BATCH_KEYS}
+
+
+def fingerprint() -> dict[str, Any]:
+    """Returns what the bits of a step depend on besides the state and the batch; a change is an event."""
+    return {
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "device": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+    }

@@ -1,0 +1,91 @@
+"""What runs inside each Ray Train worker, and how its steps reach those who watch.
+
+Steps go to a small actor on the driver's node, which the driver empties for its progress bar, and to
+`ray.util.metrics`, which Prometheus and Ray's dashboard read. Neither is waited for: the run directory is the
+record, these are the view.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from openmoe.platform.lineage import Claim
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.spec import RunSpec
+
+
+class ProgressBoard:
+    """Holds the newest step's record until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Any] | None = None
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Replaces the record."""
+        self._newest = record
+
+    def take(self) -> dict[str, Any] | None:
+        """Returns the newest record since the last call, if any."""
+        newest, self._newest = self._newest, None
+        return newest
+
+
+def start_board() -> Any:
+    """Starts the board on this node, so that it lives as long as the driver that reads it; returns its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def work(config: dict[str, Any]) -> None:
+    """Trains one incarnation on this worker.
+
+    Args:
+      config: "spec" (JSON of the RunSpec), "claim" (fields of the Claim), "manifest" (path), "board" (handle of a
+        ProgressBoard).
+    """
+    from openmoe.platform import train_loop
+
+    spec = RunSpec.model_validate_json(config["spec"])
+    run, gauges = RunDir(spec.run_dir), StepGauges(spec)
+
+    def report(record: dict[str, Any]) -> None:
+        config["board"].put.remote({key: record[key] for key in ("step", "loss", "step_s")})
+        gauges.set(record)
+
+    train_loop.train(spec, run, Claim(**config["claim"]), config["manifest"], report)
+
+
+class StepGauges:
+    """The figures of the newest step as Ray metrics, tagged with the run's name."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._tokens = spec.train.batch_rows * spec.data.seq_len
+
+        def gauge(name: str, description: str, *tags: str) -> Gauge:
+            metric = Gauge(f"openmoe_{name}", description=description, tag_keys=("run", *tags))
+            metric.set_default_tags({"run": spec.name})
+            return metric
+
+        self._step = gauge("step", "Optimizer steps completed")
+        self._loss = gauge("loss", "Cross-entropy per loss-carrying token of the newest step, nats")
+        self._tokens_per_s = gauge("tokens_per_s", "Tokens per second of the newest step, padding included")
+        self._drop_fraction = gauge("drop_fraction", "Share of expert choices that found their expert full")
+        self._expert_load = gauge(
+            "expert_load", "Share of a layer's choices that asked for an expert", "layer", "expert"
+        )
+
+    def set(self, record: dict[str, Any]) -> None:
+        """Takes over the record of a step."""
+        self._step.set(record["step"])
+        self._loss.set(record["loss"])
+        self._tokens_per_s.set(self._tokens / max(record["step_s"], 1e-9))
+        if "expert_load" not in record:
+            return  # a dense model
+        self._drop_fraction.set(record["drop_fraction"])
+        for layer, load in enumerate(record["expert_load"]):
+            for expert, share in enumerate(load):
+                self._expert_load.set(share, tags={"layer": str(layer), "expert": str(expert)})

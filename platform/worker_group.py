@@ -1,0 +1,223 @@
+"""One incarnation under Ray Train: start the workers, join them into one JAX process group, collect the evidence.
+
+The only file that imports ray.train. Ray Train runs exactly one worker group per `fit()` and restarts nothing;
+what follows a failure is decided by the driver.
+
+Ray's own JAX backend does nothing on CPU, where every worker then trains alone without a word, and passes no
+timeouts, so that a frozen peer is noticed only after 100 s. `JaxGroupBackend` forms the group on CPU, GPU and
+TPU alike, with timeouts.
+"""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import (
+    ControllerError,
+    PreemptionError,
+    TrainingFailedError,
+    WorkerGroupError,
+)
+from ray.train.v2.jax import JaxConfig, JaxTrainer
+
+from openmoe.pipelines import storage
+from openmoe.pipelines.config import DataError
+from openmoe.platform.run_dir import RunDirError
+from openmoe.platform.spec import ClusterConfig, RunSpec
+from openmoe.platform.verdict import Evidence, Failure, FailureKind
+
+
+@dataclass
+class JaxGroupConfig(JaxConfig):
+    """Ray Train's JaxConfig, with our backend and the timeouts of the JAX process group.
+
+    Attributes:
+      heartbeat_timeout_s: a silent peer ends the group after this long.
+      shutdown_timeout_s: how long the group waits for all to leave.
+      init_timeout_s: how long the group waits for all to arrive.
+    """
+
+    heartbeat_timeout_s: int = 30
+    shutdown_timeout_s: int = 20
+    init_timeout_s: int = 120
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        """The backend that Ray Train starts with every worker group."""
+        return JaxGroupBackend
+
+
+class JaxGroupBackend(Backend):
+    """Joins all workers of a group into one JAX process group.
+
+    Workers leave it themselves when they are done. After a failure nobody waits for the dead: Ray Train kills the rest.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        """Starts the group: rank 0 offers an address, every rank joins it."""
+        address, ranks = worker_group.execute_single(0, _free_address), range(len(worker_group))
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _join, address, len(ranks), rank, backend_config)
+                for rank in ranks
+            ]
+        )
+
+
+def _free_address() -> str:
+    host = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+def _join(address: str, num_processes: int, process_id: int, config: JaxGroupConfig) -> None:
+    import jax
+
+    jax.distributed.initialize(
+        address,
+        num_processes,
+        process_id,
+        heartbeat_timeout_seconds=config.heartbeat_timeout_s,
+        shutdown_timeout_seconds=config.shutdown_timeout_s,
+        initialization_timeout=config.init_timeout_s,
+    )
+
+
+def run_incarnation(
+    worker: Callable[[dict[str, Any]], None], config: dict[str, Any], spec: RunSpec, name: str
+) -> Evidence | None:
+    """Runs `worker(config)` on every worker of a new group until all return or one fails.
+
+    Args:
+      worker: a module-level function; it finds the JAX process group formed.
+      config: what it is given, the same on every worker.
+      spec: says how many workers, on what.
+      name: of this incarnation, unique in the run; Ray's Train page shows it.
+
+    Returns:
+      None when all workers returned, else the evidence of what ended the group.
+    """
+    cluster = spec.cluster
+    trainer = JaxTrainer(
+        _in_group(worker),
+        train_loop_config=config,
+        jax_config=JaxGroupConfig(
+            use_tpu=cluster.accelerator == "tpu",
+            use_gpu=cluster.accelerator == "gpu",
+            heartbeat_timeout_s=cluster.heartbeat_timeout_s,
+            shutdown_timeout_s=cluster.shutdown_timeout_s,
+            init_timeout_s=cluster.init_timeout_s,
+        ),
+        scaling_config=scaling_config(cluster),
+        run_config=RunConfig(
+            name=name,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            worker_runtime_env={"env_vars": worker_environment(cluster)},
+            **storage.for_pyarrow(storage.join(spec.run_dir, "ray")),
+        ),
+    )
+    try:
+        trainer.fit()
+    except PreemptionError as error:
+        return Evidence(preempted_ranks=tuple(error.preemption_info.preempted_ranks))
+    except WorkerGroupError as error:
+        return Evidence(failures=tuple(failure_of(r, e) for r, e in sorted(error.worker_failures.items())))
+    except ControllerError as error:
+        return Evidence(failures=(_controller_failure(error.controller_failure),))
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        return Evidence(failures=(_controller_failure(error),))
+    return None
+
+
+def _in_group(worker: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """Returns `worker` as each rank runs it: it leaves the JAX process group when done, together with its peers.
+
+    What it raises gets its trace as a note, since exceptions travel without theirs.
+    """
+
+    def run(config: dict[str, Any]) -> None:
+        import jax
+
+        try:
+            worker(config)
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            raise
+        jax.distributed.shutdown()
+
+    return run
+
+
+def scaling_config(cluster: ClusterConfig) -> ScalingConfig:
+    """Returns what Ray Train reserves: one worker a TPU host, else `num_workers` of the devices they need."""
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+    match cluster.accelerator:
+        case "tpu":
+            resources["TPU"] = cluster.devices_per_worker
+            return ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_tpu=True,
+                topology=cluster.topology,
+                accelerator_type=cluster.accelerator_type,
+                resources_per_worker=resources,
+            )
+        case "gpu":
+            resources["GPU"] = cluster.devices_per_worker
+            return ScalingConfig(num_workers=cluster.num_workers, use_gpu=True, resources_per_worker=resources)
+        case "cpu":
+            return ScalingConfig(num_workers=cluster.num_workers, resources_per_worker=resources)
+
+
+def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Returns the environment of the workers: which JAX platform, and on CPU how many virtual devices."""
+    platform = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[cluster.accelerator]
+    environment = {"JAX_PLATFORMS": platform}
+    if cluster.accelerator == "cpu":
+        environment["JAX_NUM_CPU_DEVICES"] = str(cluster.devices_per_worker)
+    return environment
+
+
+# Words of JAX's own errors when the other side of a collective, or the coordinator, has gone.
+_LOST_PEER_WORDS = ("gloo", "nccl", "coordination service", "heartbeat", "connection reset", "unavailable")
+_KIND_OF_NAME: Mapping[str, FailureKind] = {
+    "NonFiniteLoss": "bad_numbers",
+    "DamagedCheckpoint": "damaged_checkpoint",
+    "Superseded": "superseded",
+}
+
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """Returns what a worker's error says, without judging it."""
+    return Failure(rank=rank, kind=_kind(error), text="\n".join(getattr(error, "__notes__", ())) or str(error))
+
+
+def _kind(error: BaseException) -> FailureKind:
+    cause = getattr(error, "health_check_failure", error)  # a worker that could not be asked any more
+    words = str(cause).lower()
+    if isinstance(cause, MemoryError | ray.exceptions.OutOfMemoryError):
+        return "out_of_memory"
+    if "resource_exhausted" in words or "running low on memory" in words:
+        return "out_of_memory"
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return "process_died"
+    if isinstance(cause, DataError | RunDirError | storage.StorageError):
+        return "bad_input"
+    if type(cause).__name__ in _KIND_OF_NAME:
+        return _KIND_OF_NAME[type(cause).__name__]
+    if type(cause).__name__ == "JaxRuntimeError" and any(word in words for word in _LOST_PEER_WORDS):
+        return "lost_peer"
+    return "raised"
+
+
+def _controller_failure(error: BaseException) -> Failure:
+    kind: FailureKind = "start_timeout" if "Startup" in type(error).__name__ else "controller"
+    return Failure(rank=-1, kind=kind, text=str(error))

@@ -1,0 +1,1 @@
+"""Run files shipped with the package."""

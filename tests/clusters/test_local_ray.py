@@ -1,0 +1,47 @@
+"""What a Ray on this machine needs is checked before it is started, and said in one line."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from openmoe.clusters import local_ray
+from openmoe.clusters.local_ray import LocalRayError
+
+
+def test_a_taken_dashboard_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(LocalRayError, match=rf"cluster\.dashboard_port: 127\.0\.0\.1:{port} cannot be used"):
+            local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000, dashboard_port=port)
+
+
+def test_an_object_store_larger_than_the_free_shared_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_ray, "SHARED_MEMORY", tmp_path)
+    with pytest.raises(LocalRayError, match=r"cluster\.object_store_bytes: .* bytes free, Ray's object store needs"):
+        local_ray.check_shared_memory(10**18)
+
+
+def test_a_machine_without_shared_memory_folder_is_not_refused(monkeypatch):
+    monkeypatch.setattr(local_ray, "SHARED_MEMORY", Path("/no/such/folder"))
+    local_ray.check_shared_memory(10**18)
+
+
+def test_authentication_is_on_with_a_token_of_its_own(monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    first, second = local_ray.environment(), local_ray.environment()
+    assert first["RAY_AUTH_MODE"] == "token"
+    assert len(first["RAY_AUTH_TOKEN"]) == 64
+    assert first["RAY_AUTH_TOKEN"] != second["RAY_AUTH_TOKEN"]
+
+
+def test_the_dashboard_listens_on_this_machine_only():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000, dashboard_port=port)
+    assert (arguments["dashboard_host"], arguments["dashboard_port"]) == ("127.0.0.1", port)
+    assert not local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000)["include_dashboard"]

@@ -1,0 +1,146 @@
+"""The real command on a small run in a process of its own, and the means to kill parts of it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from openmoe.pipelines import stdlib_corpus
+from openmoe.platform.run_dir import RunDir
+
+# openmoe-nano, narrower and with shorter rows: compiles in seconds, and 60 steps leave time to kill something.
+SMALL = (
+    "model.num_layers=2",
+    "model.d_model=64",
+    "model.d_ff=64",
+    "model.group_size=128",
+    "data.seq_len=128",
+    "train.steps=60",
+    "train.checkpoint_every_steps=10",
+    "train.sample_tokens=0",
+)
+SOURCES = """
+    - {name: c4, format: redpajama, paths: [CORPUS/c4/*.jsonl], weight: 1}
+    - {name: the_stack, format: the_stack, paths: [CORPUS/the_stack/data/*/*.parquet], weight: 1}
+"""
+
+
+@dataclass
+class Trainer:
+    """`openmoe train` of the small run in `run_dir`, as a user starts it."""
+
+    run_file: Path
+    run_dir: str
+    overrides: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen | None = None
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.run_dir)
+
+    def entrypoint(self, python: str = "python") -> list[str]:
+        """The command, as a Ray job gets it."""
+        command = [python, "-m", "openmoe.platform", "train", str(self.run_file), *SMALL]
+        return [*command, f"run_dir={self.run_dir}", *self.overrides]
+
+    def start(self) -> None:
+        environment = {**os.environ, **self.environment}
+        for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+            environment.pop(name, None)
+        self.process = subprocess.Popen(
+            self.entrypoint(sys.executable),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+
+    def finish(self, timeout_s: float = 240) -> str:
+        """Waits for the end; returns what was printed."""
+        output, _ = self.process.communicate(timeout=timeout_s)
+        assert self.process.returncode == 0, output
+        return output
+
+    def wait_for_acceptance(self, number: int, timeout_s: float = 180) -> None:
+        """Waits until at least `number` checkpoints were accepted."""
+        deadline_s = time.monotonic() + timeout_s
+        while len(self.run.acceptances()) < number:
+            assert self.process.poll() is None, f"ended early: {self.process.communicate()[0]}"
+            assert time.monotonic() < deadline_s, "no checkpoint in time"
+            time.sleep(0.02)
+
+    def descendants(self, words: str = "") -> list[psutil.Process]:
+        """Returns the live processes below the driver whose command line has `words`."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if words in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill_worker(self) -> None:
+        workers = self.descendants("RayTrainWorker")
+        assert len(workers) == 2, [" ".join(w.cmdline()) for w in workers]
+        workers[-1].send_signal(signal.SIGKILL)
+
+    def kill_driver(self) -> None:
+        """Kills the driver alone; its workers must end by themselves (Ray's own agents take a minute longer)."""
+        below = self.descendants("RayTrainWorker")
+        assert len(below) == 2
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert not alive, [" ".join(p.cmdline()) for p in alive]
+
+    def kill_everything(self) -> None:
+        for process in [*self.descendants(), psutil.Process(self.process.pid)]:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def run_file(tmp_path_factory):
+    """The quickstart's run file over a small corpus, its data built once for all runs of the session."""
+    folder = tmp_path_factory.mktemp("faults")
+    stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=200_000, max_code_bytes=200_000)
+    text = (Path(__file__).parents[2] / "runs" / "quickstart.yaml").read_text()
+    head, _, rest = text.partition("  sources:")
+    _, _, tail = rest.partition("\ntrain:")
+    head = "\n".join(line for line in head.splitlines() if not line.startswith("sample_corpus"))
+    text = f"{head}\n  sources:{SOURCES.replace('CORPUS', f'{folder}/corpus')}\ndata_dir: {folder}/data\ntrain:{tail}"
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def trainer(run_file, tmp_path):
+    """Returns a function that gives a Trainer in a run directory of its own."""
+    made = []
+
+    def make(name="run", *overrides, **environment):
+        made.append(Trainer(run_file, str(tmp_path / name), overrides, environment))
+        return made[-1]
+
+    yield make
+    for each in made:
+        if each.process and each.process.poll() is None:
+            each.kill_everything()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(run_file, tmp_path_factory):
+    """The trace of the small run when nothing happens to it."""
+    trainer = Trainer(run_file, str(tmp_path_factory.mktemp("undisturbed") / "run"))
+    trainer.start()
+    trainer.finish()
+    return trainer.run

@@ -1,0 +1,21 @@
+"""A run whose data, records and checkpoints all lie on gs:// (a real emulator over HTTP) survives a kill as well."""
+
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+
+def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer, undisturbed, gcs):
+    run = trainer("unused", f"data_dir={gcs}/data")
+    run.run_dir = f"{gcs}/run"
+    run.start()
+    run.wait_for_acceptance(2)
+    run.kill_everything()
+    run.start()
+    run.finish()
+    ours, theirs = run.run.trace(), undisturbed.trace()
+    assert [r["rows"] for r in ours] == [r["rows"] for r in theirs]
+    assert [r["batch_checksum"] for r in ours] == [r["batch_checksum"] for r in theirs]
+    assert [r["loss"].hex() for r in ours] == [r["loss"].hex() for r in theirs]
+    assert [c.incarnation for c in run.run.claims()] == [1, 2]
+    assert run.run.finished()["steps"] == 60

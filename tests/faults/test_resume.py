@@ -1,0 +1,100 @@
+"""Whatever is killed, the same command goes on with the very next row, and with the same bits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+
+STEPS, BATCH_ROWS = 60, 4
+
+
+def bits(run):
+    """Every figure of every step along the line of truth, exactly."""
+    names = ("loss", "text_loss", "aux_loss", "router_z_loss", "grad_norm")
+    return [(r["step"], *r["rows"], *r["batch_checksum"], *(r[n].hex() for n in names)) for r in run.trace()]
+
+
+def assert_every_row_once(run):
+    rows = [r["rows"] for r in run.trace()]
+    assert rows == [[BATCH_ROWS * s, BATCH_ROWS * (s + 1)] for s in range(STEPS)]
+
+
+def ends(run):
+    return [(e["cause"], e["decision"]["action"]) for e in run.events() if e["event"] == "ended"]
+
+
+def test_an_undisturbed_run_reads_every_row_once(undisturbed):
+    assert_every_row_once(undisturbed)
+    assert len(undisturbed.claims()) == 1
+    assert undisturbed.finished()["steps"] == STEPS
+
+
+def test_a_killed_worker_is_replaced_by_the_driver_and_the_bits_are_the_same(trainer, undisturbed):
+    run = trainer()
+    run.start()
+    run.wait_for_acceptance(2)
+    run.kill_worker()
+    output = run.finish()
+    assert ends(run.run) == [("host_fault", "retry")]
+    assert "incarnation 1 ended, retry: host_fault 1 of 10" in output
+    assert [c.incarnation for c in run.run.claims()] == [1, 2]
+    assert_every_row_once(run.run)
+    assert bits(run.run) == bits(undisturbed)
+
+
+def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits(trainer, undisturbed):
+    run = trainer()
+    run.start()
+    run.wait_for_acceptance(1)
+    run.kill_driver()
+    run.start()
+    run.wait_for_acceptance(3)
+    run.kill_everything()
+    run.start()
+    run.finish()
+    assert [c.incarnation for c in run.run.claims()] == [1, 2, 3]
+    assert_every_row_once(run.run)
+    assert bits(run.run) == bits(undisturbed)
+    assert run.run.newest_accepted().ledger_head == undisturbed.newest_accepted().ledger_head
+
+
+def test_another_number_of_processes_goes_on_with_the_same_rows_and_losses_to_1e_4(trainer, undisturbed, capsys):
+    run = trainer()
+    run.start()
+    run.wait_for_acceptance(2)
+    run.kill_everything()
+    run.overrides = ("cluster.num_workers=1", "cluster.devices_per_worker=4")
+    run.start()
+    run.finish()
+    assert_every_row_once(run.run)
+    ours, theirs = run.run.trace(), undisturbed.trace()
+    assert [r["batch_checksum"] for r in ours] == [r["batch_checksum"] for r in theirs]
+    difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    choices = np.asarray([r["expert_load"] for r in ours]) - np.asarray([r["expert_load"] for r in theirs])
+    per_step = 128 * BATCH_ROWS * 2
+    changed = round(float(np.abs(choices).sum()) / 2 * per_step)
+    with capsys.disabled():
+        print(f"\nlargest loss difference {difference:.3g}; at least {changed} routing choices of {STEPS} steps differ")
+    assert difference <= 1e-4
+
+
+def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(trainer, undisturbed):
+    run = trainer()
+    run.start()
+    run.wait_for_acceptance(3)
+    run.kill_everything()
+    newest = run.run.newest_accepted()
+    largest = max(
+        (p for p in Path(run.run.at(newest.checkpoint)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+    run.start()
+    run.finish()
+    assert run.run.quarantined() == [newest.number]
+    assert ends(run.run) == [("damaged_checkpoint", "retry")]
+    assert_every_row_once(run.run)
+    assert bits(run.run) == bits(undisturbed)

@@ -1,0 +1,143 @@
+"""The `openmoe` command as a user runs it: a process of its own, its output, its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BAD_RUNS = Path(__file__).parent / "bad_runs"
+HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece", "pydantic", "yaml", "rich")
+
+
+def openmoe(*arguments, cwd=None, **environment):
+    command = [sys.executable, "-m", "openmoe.platform", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | environment)
+
+
+def test_help_names_the_commands_and_the_exit_codes():
+    result = openmoe("--help")
+    assert result.returncode == 0
+    for command in ("quickstart", "train", "validate", "schema", "runs", "data", "model"):
+        assert f"\n  {command} " in result.stdout
+    assert "Exit codes: 0 it worked; 1 the run failed; 2 bad input" in result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import atexit, sys; from openmoe.platform import cli; sys.argv = ['openmoe', '--help'];"
+        f"atexit.register(lambda: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr));"
+        "cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "[]\n")
+
+
+def test_the_shell_completes_commands():
+    result = openmoe(_OPENMOE_COMPLETE="complete_bash", COMP_WORDS="openmoe val", COMP_CWORD="1")
+    assert result.stdout.strip() == "validate"
+
+
+def test_validate_explains_a_run_file():
+    result = openmoe("validate", "quickstart", "train.steps=200")
+    assert result.returncode == 0
+    assert "5,082,496 (5.08 M)" in result.stdout
+    assert "409,600" in result.stdout  # 200 steps of 4 rows of 512 tokens
+
+
+def test_validate_prints_json_alone_when_asked():
+    result = openmoe("validate", "openmoe_8b", "--json")
+    explained = json.loads(result.stdout)
+    assert explained["model"]["parameters"] == 11_855_046_656
+    assert explained["devices"]["mesh"] == [2, 32]
+    assert result.stderr == ""
+
+
+def test_schema_is_json():
+    assert json.loads(openmoe("schema").stdout)["title"] == "OpenMoE run file"
+
+
+def test_a_model_is_described():
+    described = json.loads(openmoe("model", "describe", "openmoe-34b", "--json").stdout)
+    assert described["model"]["parameters"] == 46_270_737_408
+    assert described["parameters"]["experts"] == 38_654_705_664
+
+
+def test_an_empty_folder_has_no_runs(tmp_path):
+    assert json.loads(openmoe("runs", str(tmp_path), "--json").stdout) == []
+    assert "no runs in" in openmoe("runs", str(tmp_path)).stdout
+
+
+# file: what standard error says, whole, after "<file>:"
+BAD_FILES = {
+    "words_of_two_meanings.yaml": [
+        "1: name: YAML 1.1 reads no as false; write false for a boolean, or 'no' in quotes for text",
+        "9: train.steps: '1e6' is text in YAML 1.1; write 1000000, or '1e6' in quotes for text",
+    ],
+    "section_twice.yaml": ["12: mesh: given twice (lines 10 and 12); keep one"],
+    "impossible.yaml": [
+        "9: train.batch_rows: 5 rows a microbatch cannot be divided over 3 devices (mesh); "
+        "make batch_rows a multiple of 3, got 5",
+        "10: mesh: data=1 x expert=3 is 3 devices, the cluster has num_workers=2 x devices_per_worker=2 = 4",
+        "10: mesh.expert: must divide model.num_experts=8, got 3",
+    ],
+    "tab.yaml": ["10: a tab in the indentation; YAML allows spaces only"],
+    "latin_1.yaml": [" not UTF-8 (byte 9 is 0xe9); save it as UTF-8"],
+    "misspelt.yaml": [
+        "9: train.batch_rows: missing; add `batch_rows:` to `train`",
+        "9: train.batch_row: unknown key; did you mean `batch_rows`?",
+        " mesh: missing; add `mesh:` to the file",
+        "10: mseh: unknown key; did you mean `mesh`?",
+    ],
+    "alias_bomb.yaml": ["1: anchors are not allowed; remove `&a`"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_ends_in_plain_lines_and_exit_code_2(name):
+    result = openmoe("validate", name, cwd=BAD_RUNS)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"{name}:{line}" for line in BAD_FILES[name]]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", [("train",), ("data", "build"), ("data", "show")])
+def test_nothing_is_started_on_a_bad_file(command):
+    result = openmoe(*command, "tab.yaml", cwd=BAD_RUNS)
+    assert result.returncode == 2
+    assert result.stderr == "tab.yaml:10: a tab in the indentation; YAML allows spaces only\n"
+
+
+def test_every_bad_file_is_tried():
+    assert {path.name for path in BAD_RUNS.iterdir()} == BAD_FILES.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["validate", "quikstart"],
+            "quikstart: no run file of this name is shipped; did you mean `quickstart`?",
+        ),
+        (
+            ["validate", "quickstart", "train.stps=1"],
+            "override: train.stps: unknown key; did you mean `steps`?",
+        ),
+        (["validate", "quickstart", "data.tokenizer=/missing.model"], "/missing.model"),
+        (
+            ["model", "describe", "openmoe-8B"],
+            "openmoe-8B: no preset of this name; did you mean `openmoe-8b`?",
+        ),
+        (["data", "show", "quickstart", "data_dir=/missing"], "/missing: no build of these settings;"),
+        (["data", "corpus", "/dev/null/corpus"], "/dev/null/corpus"),
+        (["tarin"], "No such command 'tarin'"),
+    ],
+)
+def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message):
+    result = openmoe(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""

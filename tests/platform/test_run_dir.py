@@ -1,0 +1,152 @@
+"""The run directory keeps its promises on real files: claims are exclusive, records immutable, damage is named."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from openmoe.pipelines.storage import StorageError
+from openmoe.platform import journal, spec
+from openmoe.platform.journal import Journal, JournalError
+from openmoe.platform.lineage import Acceptance
+from openmoe.platform.run_dir import RunDir, RunDirError, list_runs
+
+
+def acceptance(number, incarnation, step):
+    return Acceptance(
+        number=number, incarnation=incarnation, step=step, next_row=step, checkpoint="checkpoints/000001/1",
+        digest="", ledger_head="", data_id="",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(str(tmp_path / "run"))
+
+
+def test_claims_count_up_and_name_what_they_go_on_from(run):
+    assert (run.claim().incarnation, run.claim().resumes) == (1, 0)
+    run.accept(acceptance(1, 2, 20))
+    third = run.claim()
+    assert (third.incarnation, third.resumes) == (3, 1)
+
+
+def test_an_acceptance_takes_the_first_free_number(run):
+    run.claim()
+    assert run.accept(acceptance(1, 1, 20)).number == 1
+    assert run.accept(acceptance(1, 1, 40)).number == 2
+    assert [a.step for a in run.acceptances()] == [20, 40]
+
+
+def test_what_an_older_incarnation_accepts_later_is_not_gone_on_from(run):
+    run.claim()
+    run.accept(acceptance(1, 1, 20))
+    run.claim()
+    run.accept(acceptance(2, 1, 40))
+    assert run.newest_accepted().step == 20
+
+
+def test_a_quarantined_acceptance_is_not_gone_on_from(run):
+    run.claim()
+    run.accept(acceptance(1, 1, 20))
+    run.accept(acceptance(2, 1, 40))
+    run.quarantine(2, "its bits differ")
+    assert run.newest_accepted().step == 20
+
+
+def _claim(path, results):
+    try:
+        results.put(RunDir(path).claim().incarnation)
+    except RunDirError:
+        results.put(None)
+
+
+def test_of_drivers_that_claim_at_once_no_two_get_the_same_incarnation(run):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    drivers = [context.Process(target=_claim, args=(run.path, results)) for _ in range(4)]
+    for driver in drivers:
+        driver.start()
+    claimed = [results.get(timeout=60) for _ in drivers]
+    for driver in drivers:
+        driver.join()
+    numbers = [n for n in claimed if n is not None]
+    assert numbers
+    assert len(set(numbers)) == len(numbers)
+    assert sorted(c.incarnation for c in run.claims()) == sorted(numbers)
+
+
+def test_a_run_directory_of_other_mathematics_is_refused_with_the_difference(run):
+    run.create(spec.load("quickstart"))
+    run.create(spec.load("quickstart", ["train.steps=500", "cluster.num_workers=1", "cluster.devices_per_worker=4"]))
+    with pytest.raises(RunDirError, match=r"belongs to another run \(seed: 0 there, 7 here\)|seed: 0 there, 7 here"):
+        run.create(spec.load("quickstart", ["seed=7"]))
+
+
+def test_a_damaged_record_is_named(run, tmp_path):
+    run.claim()
+    (tmp_path / "run" / "incarnations" / "000001.json").write_text("{")
+    with pytest.raises(RunDirError, match=r"incarnations/000001\.json: not readable as JSON"):
+        run.claims()
+
+
+def test_runs_are_listed_from_their_files_alone(tmp_path):
+    loaded = spec.load("quickstart")
+    run = RunDir(str(tmp_path / "a"))
+    run.create(loaded)
+    (tmp_path / "no-run").mkdir()
+    claim = run.claim()
+    metrics = Journal(run.at("metrics"), incarnation=claim.incarnation, process=0)
+    metrics.append({"step": 3, "loss": 5.5, "time_s": 1.0})
+    metrics.flush()
+    [found] = list_runs(str(tmp_path))
+    assert (found.name, found.state, found.step, found.steps, found.loss) == (
+        "quickstart",
+        "resumable",
+        3,
+        loaded.train.steps,
+        5.5,
+    )
+
+
+def test_a_journal_is_read_in_the_order_written(run):
+    for incarnation in (2, 1):
+        written = Journal(run.at("journal"), incarnation=incarnation, process=0)
+        for number in range(3):
+            written.append({"n": number})
+            written.flush()
+    assert [(i, p, r["n"]) for i, p, r in journal.read(run.at("journal"))] == [
+        (i, 0, n) for i in (1, 2) for n in range(3)
+    ]
+
+
+def test_floats_come_back_from_the_journal_with_every_bit(run):
+    values = [0.1, 1 / 3, 6.103515625e-05, 1e-45, float("inf")]
+    written = Journal(run.at("metrics"), incarnation=1, process=0)
+    written.append({"values": values})
+    written.flush()
+    [(_, _, record)] = journal.read(run.at("metrics"))
+    assert [v.hex() for v in record["values"]] == [v.hex() for v in values]
+
+
+def test_two_writers_of_one_incarnation_are_caught(run):
+    first, second = (Journal(run.at("journal"), incarnation=1, process=0) for _ in range(2))
+    first.append({"n": 1})
+    first.flush()
+    second.append({"n": 2})
+    with pytest.raises(JournalError, match="two processes write as incarnation 1"):
+        second.flush()
+
+
+def test_a_damaged_segment_is_named_with_its_line(run, tmp_path):
+    folder = tmp_path / "run" / "journal"
+    folder.mkdir(parents=True)
+    (folder / "000001-00000-000000.jsonl").write_text(json.dumps({"n": 1}) + "\n{broken\n")
+    with pytest.raises(JournalError, match=r"000001-00000-000000\.jsonl:2: not JSON"):
+        list(journal.read(run.at("journal")))
+
+
+def test_an_unwritable_run_directory_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"run\.json: cannot be written"):
+        RunDir(str(tmp_path / "file" / "run")).create(spec.load("quickstart"))

@@ -1,0 +1,187 @@
+"""The loop of one incarnation, on virtual devices of this process: records, checkpoints, resume, and its refusals."""
+
+import itertools
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from openmoe.pipelines import build, stdlib_corpus
+from openmoe.pipelines.storage import StorageError
+from openmoe.platform import report, spec
+from openmoe.platform.recorder import NonFiniteLoss
+from openmoe.platform.run_dir import RunDir, RunDirError
+from openmoe.platform.saver import DamagedCheckpoint, Superseded
+
+pytestmark = pytest.mark.timeout(180)
+
+SMALL = (
+    *("model.num_layers=2", "model.d_model=32", "model.d_ff=32", "model.head_dim=8", "model.group_size=128"),
+    *("data.seq_len=128", "train.steps=6", "train.batch_rows=8", "train.checkpoint_every_steps=2"),
+    *("train.sample_tokens=4", "mesh.expert=8", "cluster.num_workers=1", "cluster.devices_per_worker=8"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(ray_local, tmp_path_factory):
+    """(overrides that name a small corpus, the manifest built from it)."""
+    folder = tmp_path_factory.mktemp("data")
+    stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=60_000, max_code_bytes=60_000)
+    overrides = [f"data_dir={folder}/data"]
+    globs = ("wikipedia/*.jsonl", "c4/*.jsonl", "common_crawl/*/*.zst", "the_stack/data/*/*.parquet")
+    overrides += [f"data.sources.{i}.paths=[{folder}/corpus/{glob}]" for i, glob in enumerate(globs)]
+    loaded = spec.load("quickstart", [*SMALL, *overrides])
+    return overrides, build.build(loaded.data, loaded.data_dir, min_rows=64)
+
+
+@pytest.fixture
+def train(data, tmp_path):
+    """Trains one incarnation in `tmp_path/name`; returns its RunDir."""
+    from openmoe.platform import train_loop
+
+    overrides, manifest = data
+
+    def run(name, *more, report=lambda record: None):
+        loaded = spec.load("quickstart", [*SMALL, *overrides, f"run_dir={tmp_path}/{name}", *more])
+        run_dir = RunDir(loaded.run_dir)
+        run_dir.create(loaded)
+        train_loop.train(loaded, run_dir, run_dir.claim(), manifest.path, report)
+        return run_dir
+
+    return run
+
+
+def bits(run):
+    return [(r["step"], r["rows"], r["batch_checksum"], r["loss"].hex(), r["grad_norm"].hex()) for r in run.trace()]
+
+
+def test_an_incarnation_reads_every_row_once_and_accepts_its_checkpoints(train):
+    seen = []
+    run = train("a", report=lambda record: seen.append(record["step"]))
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert [r["rows"] for r in run.trace()] == [[8 * s, 8 * s + 8] for s in range(6)]
+    assert [(a.number, a.step, a.next_row) for a in run.acceptances()] == [(1, 2, 16), (2, 4, 32), (3, 6, 48)]
+    [sampled] = [e for e in run.events() if e["event"] == "sampled"]
+    assert [len(pair) for pair in sampled["samples"]] == [2, 2, 2, 2]
+
+
+def test_a_finished_run_leaves_its_result_and_a_page_that_needs_no_server(train, data):
+    run = train("a")
+    loaded = spec.load("quickstart", [*SMALL, *data[0], f"run_dir={run.path}"])
+    result = report.finish(loaded, run, data[1].path)
+    assert run.finished()["steps"] == 6
+    assert result.tokens == 6 * 8 * 128
+    assert result.loss == statistics.fmean(r["text_loss"] for r in run.trace())
+    assert 5 < result.unigram_entropy < 7
+    with open(run.at("summary.html")) as file:
+        page = file.read()
+    assert '"step": [1, 2, 3, 4, 5, 6]' in page
+    assert not re.search(r"(src|href)=.https?:", page)
+
+
+def test_a_second_incarnation_goes_on_with_the_next_row_and_the_same_bits(train):
+    whole = train("whole")
+    train("parts", "train.steps=4")
+    parts = train("parts")
+    assert [(c.incarnation, c.resumes) for c in parts.claims()] == [(1, 0), (2, 2)]
+    assert bits(parts) == bits(whole)
+    assert parts.acceptances()[-1].ledger_head == whole.acceptances()[-1].ledger_head
+    assert parts.acceptances()[-1].digest == whole.acceptances()[-1].digest
+
+
+def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train, monkeypatch):
+    accept, recorded = RunDir.accept, []
+
+    def watch(self, acceptance):
+        recorded.append((acceptance.step, [r["step"] for r in self.trace()]))
+        return accept(self, acceptance)
+
+    monkeypatch.setattr(RunDir, "accept", watch)
+    train("a")
+    for step, steps in recorded:
+        assert steps[:step] == list(range(1, step + 1))
+
+
+def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
+    train("a", "train.keep_checkpoints=1")
+    assert [p.name for p in (tmp_path / "a/checkpoints/000001").iterdir()] == ["6"]
+
+
+def test_a_checkpoint_of_other_bits_than_were_accepted_is_refused(train):
+    run = train("a", "train.steps=2")
+    [accepted] = run.acceptances()
+    record = run.at("accepted", "000001.json")
+    with open(record) as file:
+        text = file.read()
+    with open(record, "w") as file:
+        file.write(text.replace(accepted.digest, "0" * 64))
+    with pytest.raises(DamagedCheckpoint, match="acceptance 1: checkpoints/000001/2: its bits have digest"):
+        train("a")
+
+
+def test_a_missing_checkpoint_is_refused(train, tmp_path):
+    run = train("a", "train.steps=2")
+    (tmp_path / "a/checkpoints/000001/2").rename(tmp_path / "gone")
+    with pytest.raises(DamagedCheckpoint, match="acceptance 1: checkpoints/000001/2"):
+        train("a")
+    assert run.newest_accepted().number == 1
+
+
+def test_a_full_disk_is_named_the_accepted_checkpoint_stays_in_force_and_more_room_lets_it_go_on(train, tmp_path):
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("needs root on Linux to mount a small tmpfs")
+    small, filler = tmp_path / "small", tmp_path / "small" / "filler"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)]).returncode:
+        pytest.skip("this container may not mount a tmpfs")
+    try:
+        run = train("small/run", "train.steps=2")
+        filler.write_bytes(bytes(shutil.disk_usage(small).free - 1_000_000))
+        with pytest.raises(StorageError, match="checkpoints/000002/4: cannot be written: the disk is full"):
+            train("small/run")
+        assert run.newest_accepted().step == 2
+        filler.unlink()
+        train("small/run")
+        assert run.newest_accepted().step == 6
+        assert [r["step"] for r in run.trace()] == [1, 2, 3, 4, 5, 6]
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_an_incarnation_that_was_superseded_accepts_nothing_more(train, tmp_path):
+    counts = itertools.count(1)
+
+    def claim_at_step_3(record):
+        if next(counts) == 3:
+            RunDir(str(tmp_path / "a")).claim()
+
+    with pytest.raises(Superseded, match="incarnation 1 is no longer the newest"):
+        train("a", report=claim_at_step_3)
+    assert {a.step for a in RunDir(str(tmp_path / "a")).acceptances()} <= {2}  # 2 if it was committed before the claim
+
+
+def test_a_loss_that_is_not_finite_ends_the_incarnation_with_its_rows(train, tmp_path):
+    with pytest.raises(NonFiniteLoss, match=r"step \d, rows \d+\.\.\d+: loss nan"):
+        train("a", "optimizer.learning_rate=1.0e+30")
+    [event] = [e for e in RunDir(str(tmp_path / "a")).events() if e["event"] == "raised"]
+    assert event["error"].startswith("NonFiniteLoss: step")
+
+
+def test_other_data_than_the_run_was_trained_on_is_refused(train, data, tmp_path):
+    run = train("a", "train.steps=2")
+    record = run.at("accepted", "000001.json")
+    with open(record) as file:
+        text = file.read()
+    with open(record, "w") as file:
+        file.write(text.replace(data[1].data_id, "another"))
+    with pytest.raises(RunDirError, match="was trained on another"):
+        train("a")
+
+
+def test_processes_that_are_not_in_one_group_are_refused(train):
+    with pytest.raises(RuntimeError, match="the JAX process group has 1 processes and 8 devices, the run file says"):
+        train("a", "cluster.num_workers=2", "cluster.devices_per_worker=4")

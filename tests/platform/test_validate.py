@@ -1,0 +1,114 @@
+"""Derived numbers of a run file, against values worked out by hand."""
+
+import pytest
+
+from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.platform import spec, validate
+from openmoe.platform.spec_checks import legal_meshes
+from openmoe.platform.spec_errors import SpecError
+
+
+def facts(name, *overrides):
+    sections = validate.explain(spec.load(name, overrides))
+    return {(section.title, fact.key): fact.value for section in sections for fact in section.facts}
+
+
+def test_the_quickstart_is_explained():
+    quickstart = facts("quickstart", "train.steps=120", "train.checkpoint_every_steps=25")
+    assert quickstart["model", "parameters"] == 5_082_496
+    assert quickstart["step", "tokens_per_step"] == 2048
+    assert quickstart["step", "total_tokens"] == 245_760
+    assert quickstart["step", "checkpoints"] == 5
+    assert quickstart["step", "routing_groups_per_step"] == 4
+    assert quickstart["step", "expert_capacity"] == 80
+    assert quickstart["data", "rows"] == 480
+    assert quickstart["devices", "legal_devices"] == [1, 2, 4]
+
+
+def test_the_8b_run_is_explained():
+    large = facts("openmoe_8b")
+    assert large["model", "parameters"] == 11_855_046_656
+    assert large["model", "active_parameters"] == 2_751_834_112
+    assert large["step", "tokens_per_step"] == 2_097_152
+    assert large["step", "total_tokens"] == 1_048_576_000_000
+    assert large["step", "rows_per_microbatch"] == 128
+    assert large["step", "routing_groups_per_step"] == 512
+    assert large["step", "expert_capacity"] == 160
+    assert large["data", "rows_common_crawl"] == 171_520_000
+    assert large["devices", "legal_devices"] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_experts_are_divided_and_everything_else_is_on_every_device():
+    whole = facts("quickstart", "mesh.expert=1", "cluster.num_workers=1", "cluster.devices_per_worker=1")
+    divided = facts("quickstart")
+    experts = divided["parameters", "experts"]
+    key = ("memory per device", "parameters")
+    assert whole[key] == 4 * 5_082_496
+    assert divided[key] == 4 * (5_082_496 - experts * 3 // 4)
+
+
+def test_microbatches_keep_a_second_set_of_gradients():
+    one = facts("quickstart", "train.batch_rows=8")
+    two = facts("quickstart", "train.batch_rows=8", "train.microbatches=2")
+    key = ("memory per device", "gradients")
+    assert two[key] == 2 * one[key]
+    assert two["memory per device", "activations"] * 2 == one["memory per device", "activations"]
+
+
+def test_adafactor_keeps_rows_and_columns_of_large_matrices_only():
+    shared, experts = validate.adafactor_elements(PRESETS["openmoe-nano"], OptimizerConfig())
+    vocabulary, attention, ffn = 2 * (8576 + 128), 4 * (4 * 256), 4 * (640 + 384 + 384)
+    routers, norms = 2 * 128 * 8, (2 * 4 + 2 + 1) * 128
+    assert shared == vocabulary + attention + ffn + routers + norms
+    assert experts == 2 * 8 * (640 + 384 + 384)
+
+
+def test_activations_grow_with_rows():
+    model = PRESETS["openmoe-8b"]
+    one, two = (validate.activation_bytes(model, rows=rows, seq_len=2048) for rows in (1, 2))
+    assert two == 2 * one
+    logits = 2 * 4 * 2048 * 256_384
+    assert one > logits
+
+
+def test_legal_meshes_hold_whole_groups_and_divide_the_experts():
+    assert legal_meshes(PRESETS["openmoe-nano"], rows=6, seq_len=1024) == [
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (3, 1),
+        (6, 1),
+        (3, 2),
+    ]
+
+
+def test_a_group_of_two_rows_halves_the_devices():
+    assert {d * e for d, e in legal_meshes(PRESETS["openmoe-8b"], rows=8, seq_len=2048)} == {1, 2, 4}
+
+
+def test_a_dense_model_has_no_expert_axis_and_no_groups():
+    assert legal_meshes(PRESETS["openllama-base"], rows=2, seq_len=512) == [(1, 1), (2, 1)]
+
+
+def test_every_legal_mesh_loads():
+    for data, expert in legal_meshes(PRESETS["openmoe-nano"], rows=4, seq_len=512):
+        devices = [f"cluster.num_workers={data}", f"cluster.devices_per_worker={expert}"]
+        spec.load("quickstart", [f"mesh.data={data}", f"mesh.expert={expert}", *devices])
+
+
+def test_a_tokenizer_of_another_size_than_the_model_is_refused():
+    with pytest.raises(SpecError) as caught:
+        facts("quickstart", "model.text_vocab_size=8000")
+    assert str(caught.value) == (
+        "model.text_vocab_size: must be the 8192 pieces of data.tokenizer=builtin:small_8192, got 8000"
+    )
+
+
+def test_a_dense_model_has_no_routing_to_explain():
+    dense = facts(
+        "quickstart",
+        "model={preset: openmoe-nano, num_experts: 0, moe_every: 0}",
+        "mesh={data: 4, expert: 1}",
+    )
+    assert ("step", "routing_groups_per_step") not in dense
+    assert dense["parameters", "experts"] == 0

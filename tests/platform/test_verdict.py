@@ -1,0 +1,93 @@
+"""Every end of a worker group gets one cause, and each cause spends only its own budget."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Verdict, decide, diagnose
+
+BUDGETS = {
+    "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0, "unknown": 1,
+}  # fmt: skip
+
+
+def failure(kind, rank=0, text="boom"):
+    return Failure(rank=rank, kind=kind, text=text)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "cause"),
+    [
+        (Evidence(failures=(failure("process_died", 1),)), "host_fault"),
+        (Evidence(failures=(failure("lost_peer", 0),)), "host_fault"),
+        (Evidence(failures=(failure("lost_peer", 0), failure("process_died", 1))), "host_fault"),
+        (Evidence(failures=(failure("lost_peer", 0), failure("raised", 1))), "bad_code"),
+        (Evidence(failures=(failure("process_died", 0), failure("raised", 1))), "bad_code"),
+        (Evidence(failures=(failure("raised", 0), failure("out_of_memory", 1))), "out_of_memory"),
+        (Evidence(failures=(failure("bad_numbers", 0), failure("bad_numbers", 1))), "bad_numbers"),
+        (Evidence(failures=(failure("bad_input", 0), failure("process_died", 1))), "bad_input"),
+        (Evidence(failures=(failure("damaged_checkpoint", 0),)), "damaged_checkpoint"),
+        (Evidence(failures=(failure("superseded", 0),)), "superseded"),
+        (Evidence(failures=(failure("start_timeout", -1),)), "host_fault"),
+        (Evidence(failures=(failure("controller", -1),)), "unknown"),
+        (Evidence(preempted_ranks=(0, 1)), "preemption"),
+        (
+            Evidence(preempted_ranks=(1,), failures=(failure("process_died", 1), failure("lost_peer", 0))),
+            "preemption",
+        ),
+        (Evidence(operator_stop=True, failures=(failure("process_died", 1),)), "operator"),
+        (Evidence(), "unknown"),
+    ],
+)
+def test_cause_of_an_end(evidence, cause):
+    assert diagnose(evidence).cause == cause
+
+
+def test_a_preempted_sibling_never_hides_a_crash():
+    evidence = Evidence(preempted_ranks=(1,), failures=(failure("raised", 0, "ValueError: shapes"),))
+    verdict = diagnose(evidence)
+    assert (verdict.cause, verdict.reason) == ("bad_code", "rank 0 raised: ValueError: shapes")
+
+
+def test_a_process_that_died_beside_a_preemption_is_a_host_fault():
+    evidence = Evidence(preempted_ranks=(1,), failures=(failure("process_died", 0),))
+    assert diagnose(evidence).cause == "host_fault"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(list(CAUSE_OF_KIND)), st.integers(0, 3)), min_size=1, max_size=6),
+    st.randoms(),
+)
+def test_the_order_of_reports_never_changes_the_cause(reports, random):
+    failures = [failure(kind, rank) for kind, rank in reports]
+    shuffled = failures.copy()
+    random.shuffle(shuffled)
+    assert diagnose(Evidence(failures=tuple(failures))).cause == diagnose(Evidence(failures=tuple(shuffled))).cause
+
+
+@pytest.mark.parametrize(
+    ("cause", "spent", "action"),
+    [
+        ("host_fault", {}, "retry"),
+        ("host_fault", {"host_fault": 1}, "retry"),
+        ("host_fault", {"host_fault": 2}, "stop"),
+        ("host_fault", {"preemption": 500}, "retry"),
+        ("preemption", {"host_fault": 2}, "retry"),
+        ("bad_code", {}, "stop"),
+        ("bad_numbers", {}, "stop"),
+        ("out_of_memory", {}, "retry"),
+        ("damaged_checkpoint", {"damaged_checkpoint": 50}, "retry"),
+        ("bad_input", {}, "stop"),
+        ("superseded", {}, "stop"),
+        ("operator", {}, "stop"),
+    ],
+)
+def test_each_cause_spends_its_own_budget(cause, spent, action):
+    assert decide(Verdict(cause=cause, reason=""), BUDGETS, spent).action == action
+
+
+def test_the_same_trace_without_progress_ends_the_attempt():
+    verdict = Verdict(cause="host_fault", reason="the process of rank 1 died", trace="Killed")
+    decision = decide(verdict, BUDGETS, {}, same_trace_without_progress=True)
+    assert decision.action == "stop"
+    assert "twice without progress" in decision.reason

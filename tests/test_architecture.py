@@ -1,0 +1,152 @@
+"""The rules of CONTRIBUTING.md that a machine can hold: who imports whom, names, sizes, package lists."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("platform", "model", "pipelines", "clusters")
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+ALLOWED = {
+    "model": {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "etils"},
+    "pipelines": {
+        "numpy",
+        "pyarrow",
+        "sentencepiece",
+        "array_record",
+        "fsspec",
+        "gcsfs",
+        "aiohttp",
+        "google",
+        "zstandard",
+        "ray",
+    },
+    "clusters": {"yaml", "pydantic"},
+}
+CONFIG_MODULES = (
+    "openmoe.model.config",
+    "openmoe.model.counts",
+    "openmoe.pipelines.config",
+    "openmoe.platform.cli",
+    "openmoe.platform.spec",
+)
+HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
+
+
+def imports(path):
+    """All modules a file imports, anywhere in it, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files_importing(*modules):
+    return {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name == m or name.startswith(m + ".") for name in imports(path) for m in modules)
+    }
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_folder_imports_only_what_the_design_allows(folder):
+    allowed = ALLOWED[folder] | set(sys.stdlib_module_names)
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            top = name.split(".")[0]
+            if top == "openmoe":
+                assert name.split(".")[1:2] in ([folder], []), f"{path}: imports {name}"
+            else:
+                assert top in allowed, f"{path}: imports {name}"
+
+
+def test_ray_train_and_ray_data_are_each_called_in_one_file():
+    assert files_importing("ray.train") == {"platform/worker_group.py"}
+    assert files_importing("ray.data") == {"pipelines/build.py"}
+
+
+def test_nothing_imports_the_internals_of_ray():
+    for path in SOURCES:
+        private = [name for name in imports(path) if name.startswith("ray.") and "._" in name]
+        assert not private, f"{path}: {private}"
+
+
+def test_configuration_and_help_import_nothing_heavy():
+    code = f"import sys, {', '.join(CONFIG_MODULES)}; print([m for m in {HEAVY} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_no_file_carries_the_name_of_a_standard_module():
+    folders = [*FOLDERS, "runs", "benchmarks", "tests"]
+    files = {p for folder in folders for p in (ROOT / folder).rglob("*.py") if "bad" not in p.parts}
+    clashes = [str(p.relative_to(ROOT)) for p in files if p.stem in sys.stdlib_module_names]
+    assert not clashes
+
+
+def test_platform_folder_does_not_shadow_the_standard_module():
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    code = "import platform; print(platform.system())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() in ("Linux", "Darwin")
+
+
+def test_platform_is_the_standard_module_under_pytest():
+    import platform
+
+    assert platform.python_version().startswith("3.")
+    assert not str(platform.__file__).startswith(str(ROOT))
+
+
+def test_platform_is_the_standard_module_in_ray_workers(ray_local):
+    def probe():
+        import platform
+
+        return platform.__file__, platform.python_version()
+
+    file, version = ray_local.get(ray_local.remote(probe).remote())
+    assert version.startswith("3.")
+    assert not file.startswith(str(ROOT))
+
+
+def test_package_list_is_the_tree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    with_init = {
+        p.parent.relative_to(ROOT) for folder in [*FOLDERS, "runs"] for p in (ROOT / folder).rglob("__init__.py")
+    }
+    assert listed == {"openmoe." + ".".join(p.parts) for p in with_init} | {"openmoe.platform"}
+
+
+def test_tests_have_no_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_type_checkers_see_the_four_folders_and_never_the_root():
+    links = {p.name: p.resolve() for p in (ROOT / ".typing" / "openmoe").iterdir()}
+    assert links == {name: ROOT / name for name in [*FOLDERS, "runs"]}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{path}:{node.lineno} {node.name}"
+
+
+def test_lock_files_carry_no_addresses():
+    for name in ("requirements.lock", "requirements-uv.lock"):
+        text = (ROOT / name).read_text()
+        assert "://" not in text
+        assert "--hash=sha256:" in text
