@@ -48,6 +48,8 @@ $(READY): requirements.lock requirements-uv.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@mkdir -p .venv/typing/openmoe  # type checkers do not follow the editable install's map: the import names as links
+	@for name in platform model pipelines clusters runs; do ln -sfn ../../../$$name .venv/typing/openmoe/$$name; done
 	@touch $(READY)
 
 lock: $(READY)

@@ -131,8 +131,8 @@ def test_tests_have_no_packages():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-def test_type_checkers_see_the_four_folders_and_never_the_root():
-    links = {p.name: p.resolve() for p in (ROOT / ".typing" / "openmoe").iterdir()}
+def test_type_checkers_see_the_folders_and_never_the_root():
+    links = {p.name: p.resolve() for p in (ROOT / ".venv" / "typing" / "openmoe").iterdir()}
     assert links == {name: ROOT / name for name in [*FOLDERS, "runs"]}
 
 
