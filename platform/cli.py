@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openmoe.platform import tables
+
 if TYPE_CHECKING:
     from openmoe.platform.data_summary import SourceSummary
     from openmoe.platform.validate import Section
@@ -124,7 +126,7 @@ def runs(
         )
         for run in found
     ]
-    _show_table("", ("run", "state", "step", "loss", "updated", "run directory"), rows)
+    tables.show("", ("run", "state", "step", "loss", "updated", "run directory"), rows)
 
 
 @data_app.command("corpus")
@@ -140,7 +142,7 @@ def data_corpus(
         print(json.dumps(summary, indent=2))
         return
     rows = [(name, f"{n:,}", f"{summary['bytes'][name]:,}") for name, n in summary["documents"].items()]
-    _show_table(directory, ("subset", "documents", "bytes"), rows)
+    tables.show(directory, ("subset", "documents", "bytes"), rows)
 
 
 @data_app.command("build")
@@ -184,7 +186,7 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "denoisers",
     )
     for data_id, sources in summaries.items():
-        _show_table(f"data {data_id}", columns, [_source_row(source) for source in sources])
+        tables.show(f"data {data_id}", columns, [_source_row(source) for source in sources])
 
 
 def _source_row(source: "SourceSummary") -> tuple[str, ...]:
@@ -222,19 +224,4 @@ def _show_sections(sections: "Sequence[Section]", *, as_json: bool) -> None:
         print(json.dumps({s.title: {fact.key: fact.value for fact in s.facts} for s in sections}, indent=2))
         return
     for section in sections:
-        _show_table(section.title, ("", "", ""), [(fact.key, fact.text, fact.note) for fact in section.facts])
-
-
-def _show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table; piped output is as wide as its content, so that no path is cut."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=240)
-    table = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    console.print(table, highlight=False)
-    console.print()
+        tables.show(section.title, ("", "", ""), [(fact.key, fact.text, fact.note) for fact in section.facts])

@@ -1,0 +1,20 @@
+"""Tables for people: what every command that lists something prints."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints a table; piped output is as wide as its content, so that no path is cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    table = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table, highlight=False)
+    console.print()
