@@ -120,7 +120,8 @@ def _translate(details: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Pr
             sign, bound = _BOUNDS[kind]
             message = f"must be {sign} {details['ctx'][bound]}, got {show(value)}"
         case "string_pattern_mismatch":
-            message = f"must match {details['ctx']['pattern']}, got {show(value)}"
+            examples = _node_at(schema, location).get("examples", ())
+            message = "; such as ".join((f"must match {details['ctx']['pattern']}, got {show(value)}", *examples))
         case _:
             message = f"{details['msg']}, got {show(value)}"
     return [Problem(path, message)]
@@ -135,8 +136,8 @@ def _not_a_choice(expected: str, value: object) -> str:
 
 def _from_validator(path: str, error: ValueError) -> list[Problem]:
     """Our own checks name their field first ("top_k: ..."), so that it joins the path of its section."""
-    if isinstance(error, SpecError):
-        return [Problem(join(path, place) if path else place, message) for place, message in error.problems]
+    if problems := getattr(error, "problems", ()):
+        return [Problem(join(path, place), message) for place, message in problems]
     field, colon, message = str(error).partition(": ")
     if colon and all(part.isidentifier() or part.isdecimal() for part in field.split(".")):
         return [Problem(join(path, field), message)]
@@ -170,9 +171,13 @@ def _is_number(text: str) -> bool:
 
 def _keys_at(schema: Mapping[str, Any], location: Sequence[str | int]) -> list[str]:
     """Keys that the schema knows at a place of the file."""
+    return list(_node_at(schema, location)["properties"])
+
+
+def _node_at(schema: Mapping[str, Any], location: Sequence[str | int]) -> Mapping[str, Any]:
     node = schema
     for key in location:
         node = node["items"] if isinstance(key, int) else node["properties"][key]
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-    return list(node["properties"])
+    return node

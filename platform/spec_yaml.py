@@ -1,9 +1,9 @@
-"""Run files as text: the part of YAML that every YAML version reads alike, and nothing else.
+"""Run files and cluster files as text: the part of YAML that every YAML version reads alike, and nothing else.
 
 YAML 1.1 (PyYAML) and 1.2 (editors, Go, JavaScript) disagree about plain words such as `no`, `1e6`, `017` or
 `1:30`; a run whose batch size depends on the reader is not an account of anything. So an ambiguous word is
 refused with the spelling that has one meaning. Anchors, aliases, tags and merge keys are refused as well:
-a run file says each thing once, and an alias bomb has nothing to expand.
+a file says each thing once, and an alias bomb has nothing to expand.
 """
 
 import math
@@ -50,9 +50,10 @@ class Document:
         self.lines: dict[str, int] = {}
         self.problems: list[Problem] = []
         self._events = _events(text)
-        self.value = self._read(next(self._events), "", depth=0)
+        first = next(self._events, None)
+        self.value = None if first is None else self._read(first, "", depth=0)
         if (extra := next(self._events, None)) is not None:
-            raise UnreadableError("more than one document (`---`); a run file is one", _line(extra))
+            raise UnreadableError("more than one document (`---`); keep one", _line(extra))
 
     def _read(self, event: yaml.Event, path: str, depth: int) -> Value:
         self.lines[path] = _line(event)
@@ -102,7 +103,6 @@ class Document:
 
 def _events(text: str) -> Iterator[yaml.Event]:
     """Parser events of the content, stream and document marks left out; refuses anchors, aliases and tags."""
-    seen = False
     try:
         for event in yaml.parse(text, Loader=_Loader):
             match event:
@@ -113,12 +113,9 @@ def _events(text: str) -> Iterator[yaml.Event]:
                 case yaml.ScalarEvent(tag=str(tag)) | yaml.CollectionStartEvent(tag=str(tag)):
                     raise UnreadableError(f"tags are not allowed; remove `{tag}`", _line(event))
                 case yaml.NodeEvent() | yaml.CollectionEndEvent():
-                    seen = True
                     yield event
     except yaml.YAMLError as error:
         raise _syntax_error(text, error) from error
-    if not seen:
-        raise UnreadableError("the file is empty; start from `runs/quickstart.yaml`")
 
 
 def _line(event: yaml.Event) -> int:
@@ -200,6 +197,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     style = None if text.isprintable() and plain_scalar(text) == (text, None) else '"'
+    if "\n" in text and text.replace("\n", "").isprintable():
+        style = "|"  # one line stays one line; where this cannot hold the text, PyYAML falls back to quotes
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -1,8 +1,12 @@
 """Tables for people: what every command that lists something prints."""
 
+import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openmoe.platform.facts import Section
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -18,3 +22,12 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
         table.add_row(*map(str, row))
     console.print(table, highlight=False)
     console.print()
+
+
+def show_sections(sections: "Sequence[Section]", *, as_json: bool) -> None:
+    """Prints derived numbers: as JSON by title and key, or as tables with how each came about."""
+    if as_json:
+        print(json.dumps({s.title: {fact.key: fact.value for fact in s.facts} for s in sections}, indent=2))
+        return
+    for section in sections:
+        show(section.title, ("", "", ""), [(fact.key, fact.text, fact.note) for fact in section.facts])
