@@ -1,0 +1,27 @@
+"""Local paths of a run file, made absolute: what reads them need not run in the folder where it was written."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from openmoe.pipelines import storage
+from openmoe.platform.spec import RunSpec
+
+_BUILTIN = "builtin:"
+
+
+def absolute(path: str) -> str:
+    """Returns a local path as seen from everywhere; gs:// stays as it is."""
+    return path if storage.is_remote(path) else str(Path(path).absolute())
+
+
+def with_absolute_paths(spec: RunSpec) -> RunSpec:
+    """Returns the spec with its local paths made absolute."""
+    data = replace(
+        spec.data,
+        tokenizer=spec.data.tokenizer if spec.data.tokenizer.startswith(_BUILTIN) else absolute(spec.data.tokenizer),
+        sources=tuple(replace(source, paths=tuple(map(absolute, source.paths))) for source in spec.data.sources),
+    )
+    paths = {key: absolute(getattr(spec, key)) for key in ("run_dir", "data_dir")}
+    if spec.sample_corpus:
+        paths["sample_corpus"] = absolute(spec.sample_corpus)
+    return spec.model_copy(update={**paths, "data": data})
