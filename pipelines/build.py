@@ -2,6 +2,9 @@
 
 Ray Data schedules work units; their artefacts go to storage, only receipts come back. A unit is done when its
 receipt exists, so a build that was killed anywhere goes on where it was, with any number of workers.
+
+A cluster whose CPUs are all taken never stops a build: what no CPU is found for is done in this process. A unit
+that was done twice is no harm, since both times the same bytes are written.
 """
 
 from __future__ import annotations
@@ -9,20 +12,40 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import packing, shards, sources, storage, token_cache, tokenizer, ul2
+from openmoe.pipelines import passes, sources, storage, token_cache, tokenizer
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 from openmoe.pipelines.manifest import Manifest
-from openmoe.pipelines.mixture import Mixture
-from openmoe.pipelines.permute import Permutation
+from openmoe.pipelines.passes import Passes
 from openmoe.pipelines.sources import Unit
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
+Work = Callable[[dict[str, str]], dict[str, str]]
+
+# A task gets a CPU within this time, or the cluster counts as occupied.
+PROBE_S = 30.0
+# Ray Data is given up after this time without any receipt: its CPUs were taken after all. Longer than a task takes;
+# compressed files of many GB are one unit.
+TOKENIZE_STUCK_S = 3600.0
+PACK_STUCK_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """How much of the cluster a build may use.
+
+    Attributes:
+      num_workers: tasks at a time; None: one for each CPU that is left.
+      reserved_cpus: CPUs of the training workers, which must find them free whenever they start again.
+      say: told when this process begins to do tasks, and why.
+    """
+
+    num_workers: int | None = None
+    reserved_cpus: float = 0
+    say: Callable[[str], None] = lambda line: None
 
 
 def build(
@@ -30,8 +53,8 @@ def build(
     data_dir: str,
     *,
     min_rows: int,
-    report: Report = lambda stage, done, total, unit: None,
-    num_workers: int | None = None,
+    report: Report = lambda *progress: None,
+    place: Workplace = Workplace(),
 ) -> Manifest:
     """Builds what the global rows [0, min_rows) need and that is missing. Ray must be initialized.
 
@@ -40,32 +63,41 @@ def build(
       data_dir: where artefacts go, local or gs://; may be shared by builds of other configurations.
       min_rows: rows wanted; more can be asked for later and never change earlier ones.
       report: told of progress as receipts arrive.
-      num_workers: tasks at a time; None: one for each CPU of the cluster.
+      place: where the tasks run.
 
     Returns:
       The manifest, with whose path a Loader is opened.
     """
+    manifest = tokenize(config, data_dir, report, place)
+    extend(Passes(manifest), min_rows, report, place)
+    return manifest
+
+
+def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> None:
+    """Adds the passes that the global rows [0, min_rows) need and that are not finished."""
+    while wanted := passes.lacking(built, min_rows):
+        pack(built, wanted, report, place)
+
+
+def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace) -> Manifest:
+    """Tokenizes what is not in the token cache, once and for all passes; see `build`."""
     text = tokenizer.load(config.tokenizer)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
     everything = [unit for source in config.sources for unit in units[source.name]]
     path = manifests.manifest_path(data_dir, config, text, everything)
     if storage.exists(path):
-        manifest = manifests.load(path)
-    else:
-        folder = storage.join(data_dir, "tokens")
-        receipts = _tokenize(everything, config.tokenizer, folder, report, num_workers)
-        by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
-        for source in config.sources:
-            _check(source, by_source[source.name])
-        manifest = manifests.assemble(path, config, text, by_source)
-        manifests.commit(manifest)
-    _build_passes(manifest, min_rows, report, num_workers)
+        return manifests.load(path)
+    folder = storage.join(data_dir, "tokens")
+    receipts = _tokenize(everything, config.tokenizer, folder, report, place)
+    by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
+    for source in config.sources:
+        _check(source, by_source[source.name])
+    manifest = manifests.assemble(path, config, text, by_source)
+    manifests.commit(manifest)
     return manifest
 
 
-def _tokenize(
-    units: list[Unit], uri: str, folder: str, report: Report, num_workers: int | None
-) -> dict[str, dict[str, Any]]:
+def _tokenize(units: list[Unit], uri: str, folder: str, report: Report, place: Workplace) -> dict[str, dict[str, Any]]:
     """Returns the receipts of all units by key, tokenizing those that have none."""
     keyed = {token_cache.key(unit, tokenizer.load(uri)): unit for unit in units}
     present = set(storage.list_files(folder))
@@ -76,7 +108,7 @@ def _tokenize(
     }
     missing = [unit for key, unit in keyed.items() if key not in receipts]
     tasks = [{"unit": asdict(unit), "uri": uri, "folder": folder} for unit in missing]
-    for receipt in _run(_tokenize_task, tasks, num_workers):
+    for receipt in _run(_tokenize_task, tasks, TOKENIZE_STUCK_S, place):
         receipts[receipt["key"]] = receipt
         report("tokenize", len(receipts), len(keyed), "units")
     return receipts
@@ -98,113 +130,135 @@ def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
         raise DataError(f"sources.{source.name}: no document in {len(receipts)} units of {', '.join(source.paths)}")
 
 
-def _build_passes(manifest: Manifest, min_rows: int, report: Report, num_workers: int | None) -> None:
-    """Adds passes until every source has the rows that its share of [0, min_rows) needs."""
-    mixture = Mixture([source.weight for source in manifest.sources], manifest.seed)
-    needed = mixture.rows_needed(min_rows)
-    while True:
-        wanted: list[tuple[int, int]] = []  # (source, pass)
-        for index in range(len(manifest.sources)):
-            rows = [sum(group["rows"] for group in groups) for groups in manifest.finished_passes(index)]
-            lacking = int(needed[index]) - sum(rows)
-            if lacking > 0:
-                num_passes = -(-lacking // rows[-1]) if rows else 1
-                wanted += [(index, len(rows) + extra) for extra in range(num_passes)]
-        if not wanted:
-            return
-        _pack(manifest, wanted, report, num_workers)
-
-
-def _pack(manifest: Manifest, passes: list[tuple[int, int]], report: Report, num_workers: int | None) -> None:
-    """Packs the groups of some passes that have no receipt yet, then completes the passes."""
-    receipts = {each: _group_receipts(manifest, *each) for each in passes}
-    groups = [(*each, group) for each in passes for group in range(len(manifest.groups(*each)))]
+def pack(built: Passes, wanted: list[tuple[int, int]], report: Report, place: Workplace) -> None:
+    """Packs passes (source, number): those of their groups that have no receipt yet."""
+    manifest = built.manifest
+    receipts = {each: passes.packed_groups(manifest, *each) for each in wanted}
+    num_groups = {each: len(manifest.groups(*each)) for each in wanted}
     tasks = [
-        {"manifest": manifest.path, "source": index, "number": number, "group": group}
-        for index, number, group in groups
-        if group not in receipts[index, number]
+        {"manifest": manifest.path, "source": source, "number": number, "group": group}
+        for source, number in wanted
+        for group in range(num_groups[source, number])
+        if group not in receipts[source, number]
     ]
-    for done, receipt in enumerate(_run(_pack_task, tasks, num_workers), 1):
+
+    def finish(source: int, number: int) -> None:
+        packed = receipts[source, number]
+        if len(packed) == num_groups[source, number]:
+            passes.finish(manifest, source, number, [packed[group] for group in sorted(packed)])
+
+    for each in wanted:
+        finish(*each)
+    total = sum(num_groups.values())
+    for done, receipt in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
         receipts[receipt["source"], receipt["number"]][receipt["group"]] = receipt
-        report("pack", len(groups) - len(tasks) + done, len(groups), "groups")
-    for (index, number), by_group in receipts.items():
-        content = {"groups": [by_group[group] for group in sorted(by_group)]}
-        path = storage.join(manifest.pass_folder(index, number), "pass.json")
-        storage.create_if_absent(path, json.dumps(content).encode())
-
-
-def _group_receipts(manifest: Manifest, index: int, number: int) -> dict[int, dict[str, Any]]:
-    folder = manifest.pass_folder(index, number)
-    names = (name for name in storage.list_files(folder) if name.endswith(".json") and name != "pass.json")
-    found = (json.loads(storage.read_bytes(storage.join(folder, name))) for name in names)
-    return {receipt["group"]: receipt for receipt in found}
+        report("pack", done, total, "groups")
+        finish(receipt["source"], receipt["number"])
+    built.refresh()
 
 
 def _tokenize_task(row: dict[str, str]) -> dict[str, str]:
     """Ray task: a unit of the sources to its receipt."""
     task = json.loads(row["task"])
     unit, text = Unit(**task["unit"]), tokenizer.load(task["uri"])
-    return _answer(lambda: token_cache.tokenize(unit, text, task["folder"]))
+    return _answer(row, lambda: token_cache.tokenize(unit, text, task["folder"]))
 
 
 def _pack_task(row: dict[str, str]) -> dict[str, str]:
     """Ray task: a group of a pass to its receipt."""
     task = json.loads(row["task"])
     manifest = manifests.load(task.pop("manifest"))
-    return _answer(lambda: pack_group(manifest, **task))
+    return _answer(row, lambda: passes.pack_group(manifest, **task))
 
 
-def pack_group(manifest: Manifest, source: int, number: int, group: int) -> dict[str, Any]:
-    """Writes one shard, a pure function of the arguments, and returns its receipt.
-
-    Args:
-      manifest: of the build.
-      source: index of the source in the manifest.
-      number: of the pass.
-      group: of the pass.
-    """
-    units = manifest.groups(source, number)[group]
-    key = (manifest.seed, manifest.sources[source].name, number, group)
-    tokens, lengths, origin = _shuffled(manifest, source, units, *key)
-    rows = packing.rows(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key)
-    name = storage.join(manifest.pass_folder(source, number), f"{group:05d}")
-    facts = shards.write(f"{name}.array_record", rows, origin)
-    receipt = {"source": source, "number": number, "group": group, "units": units, **facts}
-    storage.create_if_absent(f"{name}.json", json.dumps(receipt).encode())
-    return receipt
-
-
-def _shuffled(
-    manifest: Manifest, source: int, units: list[int], *key: int | str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns a group's documents in shuffled order: tokens, lengths, and (unit, document) of each."""
-    folder = storage.join(manifest.data_dir, "tokens")
-    receipts = [manifest.sources[source].units[unit] for unit in units]
-    parts = [token_cache.read(folder, r["key"], sha256=r["sha256"]) for r in receipts]
-    tokens = np.concatenate([part.tokens for part in parts])
-    lengths = np.concatenate([part.lengths for part in parts])
-    counts = [len(part.lengths) for part in parts]
-    origin = np.stack([np.repeat(units, counts), np.concatenate([np.arange(n) for n in counts])], axis=1)
-    order = Permutation(len(lengths), "documents", *key)(np.arange(len(lengths)))
-    starts = np.cumsum(lengths) - lengths
-    return tokens[ul2.ranges(starts[order], lengths[order])], lengths[order], origin[order]
-
-
-def _answer(work: Callable[[], dict[str, Any]]) -> dict[str, str]:
-    """Returns a receipt, or the reason for which there can be none: that stops the build, in one line."""
+def _answer(row: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, str]:
+    """Returns a task's receipt, or the reason for which there can be none: that stops the build, in one line."""
     try:
-        return {"receipt": json.dumps(work()), "error": ""}
+        return {**row, "receipt": json.dumps(work()), "error": ""}
     except (DataError, storage.StorageError) as error:
-        return {"receipt": "", "error": str(error)}
+        return {**row, "receipt": "", "error": str(error)}
 
 
-def _run(
-    work: Callable[[dict[str, str]], dict[str, str]], tasks: list[dict[str, Any]], num_workers: int | None
-) -> Iterator[dict[str, Any]]:
-    """Yields the receipts of tasks as they finish, in any order; only tasks and receipts pass through Ray."""
-    if not tasks:
-        return
+def _run(work: Work, tasks: list[dict[str, Any]], stuck_s: float, place: Workplace) -> Iterator[dict[str, Any]]:
+    """Yields the receipts of tasks as they finish, in any order; only tasks and receipts pass through Ray.
+
+    Ray Data waits for ever when the cluster has no CPU for it. So a task is tried first, and one for which no CPU
+    was found, or that Ray lost, is done here, before Ray is asked again.
+    """
+    left = [json.dumps(task) for task in tasks]
+    while left:
+        for answer in _in_ray(work, left, stuck_s, place):
+            left.remove(answer["task"])
+            yield _receipt(answer)
+        if left:
+            yield _receipt(work({"task": left.pop(0)}))
+
+
+def _receipt(answer: dict[str, str]) -> dict[str, Any]:
+    if answer["error"]:
+        raise DataError(answer["error"])
+    return json.loads(answer["receipt"])
+
+
+def _in_ray(work: Work, tasks: list[str], stuck_s: float, place: Workplace) -> Iterator[dict[str, str]]:
+    """Yields the answers to tasks; ends early when the cluster has no CPU for them, or loses them."""
     import ray
+    import ray.data
+    import ray.exceptions
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    cpus, selector = _offer(place.reserved_cpus)
+    if cpus < 1:
+        place.say("the cluster has no CPU for data beside the training workers: the driver does it")
+        return
+    if not _gets_a_cpu(selector):
+        place.say(f"no CPU of the cluster was free for data within {PROBE_S:g} s: the driver does it")
+        return
+    # Tasks rather than actors: the next stage finds their processes running, which take seconds to start.
+    compute = ray.data.TaskPoolStrategy(size=min(len(tasks), place.num_workers or cpus))
+    _be_quiet()
+    rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+    answers = rows.map(work, num_cpus=1, compute=compute, label_selector=selector)
+    answers.context.execution_no_progress_timeout_s = stuck_s
+    try:
+        yield from answers.iter_rows()
+    except ExecutionTimeoutError:
+        place.say(f"the cluster did nothing for {stuck_s:g} s: the driver does it")
+    except ray.exceptions.RayError as error:
+        place.say(f"Ray lost a task: the driver does it ({' '.join(str(error).split())[:200]})")
+
+
+def _offer(reserved_cpus: float) -> tuple[int, dict[str, str] | None]:
+    """Returns how many CPUs the cluster has for data, free or not, and on which nodes.
+
+    Where some hosts have TPUs and others have none, the others are for data; else what the workers leave.
+    """
+    import ray
+    from ray.util import accelerators
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    without_tpu = [node for node in nodes if "TPU" not in node]
+    cpus = sum(int(node.get("CPU", 0)) for node in without_tpu)
+    if cpus and len(without_tpu) < len(nodes):
+        tpus = [name for key, name in vars(accelerators).items() if key.startswith("GOOGLE_TPU_")]
+        # Without spaces: Ray 2.60 takes them for part of the names, and would then refuse no host.
+        return cpus, {"ray.io/accelerator-type": f"!in({','.join(tpus)})"}
+    return int(sum(node.get("CPU", 0) for node in nodes) - reserved_cpus), None
+
+
+def _gets_a_cpu(selector: dict[str, str] | None) -> bool:
+    """Returns whether a task gets a CPU now."""
+    import ray
+
+    probe = ray.remote(lambda: None).options(num_cpus=1, label_selector=selector).remote()
+    started, _ = ray.wait([probe], timeout=PROBE_S)
+    if not started:
+        ray.cancel(probe)
+    return bool(started)
+
+
+def _be_quiet() -> None:
+    """Lets Ray Data print nothing, and hand out receipts as they come."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -212,13 +266,3 @@ def _run(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = False
-    items = [{"task": json.dumps(task)} for task in tasks]
-    # Tasks rather than actors: the next stage finds their processes running, which take seconds to start.
-    size = min(len(items), num_workers or max(1, int(ray.cluster_resources()["CPU"])))
-    answers = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        work, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=size)
-    )
-    for answer in answers.iter_rows():
-        if answer["error"]:
-            raise DataError(answer["error"])
-        yield json.loads(answer["receipt"])

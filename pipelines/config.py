@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,7 +28,7 @@ class SourceConfig:
       format: `redpajama` reads field `text` of .jsonl, .jsonl.zst and .jsonl.gz lines; `the_stack` reads
         column `content` of Parquet.
       paths: globs, local or gs://; every one must match at least one file.
-      weight: share of the mixture's rows, relative to the other sources' weights.
+      weight: share of the mixture's rows, relative to the other sources' weights; left out where `stages` say it.
       max_bad_share: the build stops when more than this share of the source's documents is unusable.
     """
 
@@ -35,7 +37,7 @@ class SourceConfig:
     name: str
     format: Literal["redpajama", "the_stack"]
     paths: tuple[str, ...]
-    weight: float
+    weight: float | None = None
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -45,10 +47,27 @@ class SourceConfig:
             raise ValueError(f"format: redpajama or the_stack, got {self.format!r}")
         if not self.paths or not all(self.paths):
             raise ValueError(f"paths: at least one non-empty glob wanted, got {list(self.paths)}")
-        if not (math.isfinite(self.weight) and self.weight > 0):
+        if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"weight: must be above 0, got {self.weight}; leave the source out instead")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share: must be in [0, 1], got {self.max_bad_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of the run with a mixture of its own; every source goes on where the stage before left it.
+
+    Attributes:
+      until_tokens: where it ends, in tokens from the start of the run, whole rows; the last stage has no end.
+      weights: shares of the stage's rows by source; a source that is not named, or has 0, is not read in it.
+      objective: how documents become inputs and targets.
+    """
+
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
+
+    until_tokens: int | None = None
+    weights: Mapping[str, float]
+    objective: Literal["ul2"] = "ul2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +81,7 @@ class DataConfig:
       objective: how documents become inputs and targets.
       seed: keys every permutation and every noise mask.
       sources: what is mixed.
+      stages: mixtures that follow one another; without them the sources' weights hold for the whole run.
       unit_bytes: input bytes that one work unit tokenizes; compressed files stay whole.
       group_tokens: tokens that are shuffled and packed together; one shard file each.
     """
@@ -74,6 +94,7 @@ class DataConfig:
     objective: Literal["ul2"] = "ul2"
     seed: int
     sources: tuple[SourceConfig, ...]
+    stages: tuple[StageConfig, ...] = ()
     unit_bytes: int = 64 * 2**20
     group_tokens: int = 16 * 2**20
 
@@ -91,6 +112,13 @@ class DataConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
         self._check_sources()
+        self._check_stages()
+
+    def weights_by_stage(self) -> list[tuple[float, ...]]:
+        """Returns the weight of each source, in the order of `sources`, in each stage; one stage if none is given."""
+        if not self.stages:
+            return [tuple(source.weight or 0 for source in self.sources)]
+        return [tuple(stage.weights.get(source.name, 0) for source in self.sources) for stage in self.stages]
 
     def _check_sources(self) -> None:
         names = [source.name for source in self.sources]
@@ -98,10 +126,54 @@ class DataConfig:
             raise ValueError("sources: at least one is needed, got none")
         if len(set(names)) < len(names):
             raise ValueError(f"sources: names must differ, got {names}")
-        total = sum(source.weight for source in self.sources)
-        for source in self.sources:
-            if source.weight / total * BLOCK_ROWS < 1:
-                raise ValueError(
-                    f"sources: {source.name} has weight {source.weight} of {total:g}, less than one row in "
-                    f"{BLOCK_ROWS}; give it at least {total / BLOCK_ROWS:g} or leave it out"
-                )
+        for index, source in enumerate(self.sources):
+            if source.weight is None and not self.stages:
+                raise ValueError(f"sources.{index}.weight: missing; add `weight:` to the source")
+            if source.weight is not None and self.stages:
+                raise ValueError(f"sources.{index}.weight: the weights are in `stages`; remove this one")
+        if not self.stages:
+            _check_weights("sources", names, self.weights_by_stage()[0])
+
+    def _check_stages(self) -> None:
+        names = [source.name for source in self.sources]
+        for index, (stage, weights) in enumerate(zip(self.stages, self.weights_by_stage(), strict=False)):
+            where = f"stages.{index}.weights"
+            unknown = [name for name in stage.weights if name not in names]
+            if unknown:
+                raise ValueError(f"{where}: no source is named {unknown[0]!r}; the sources are {', '.join(names)}")
+            for name, weight in stage.weights.items():
+                if not (math.isfinite(weight) and weight >= 0):
+                    raise ValueError(f"{where}: {name} must be at least 0, got {weight}")
+            if not any(weights):
+                raise ValueError(f"{where}: at least one source needs a weight above 0, got none")
+            _check_weights(where, names, weights)
+        for name, weights in zip(names, zip(*self.weights_by_stage(), strict=True), strict=True):
+            if not any(weights):
+                raise ValueError(f"sources: {name} has no weight in any stage; give it one or leave it out")
+        self._check_ends()
+
+    def _check_ends(self) -> None:
+        ends = [stage.until_tokens for stage in self.stages]
+        for index, end in enumerate(ends):
+            where, is_last = f"stages.{index}.until_tokens", index == len(ends) - 1
+            if is_last and end is not None:
+                raise ValueError(f"{where}: the last stage goes on to the end of the run; remove it, got {end}")
+            if not is_last and end is None:
+                raise ValueError(f"{where}: missing; only the last stage has no end")
+            if end is not None and (end < 1 or end % self.seq_len):
+                down = max(end // self.seq_len, 1) * self.seq_len
+                raise ValueError(f"{where}: must be whole rows of seq_len={self.seq_len}, such as {down}, got {end}")
+        for index, (before, end) in enumerate(itertools.pairwise(ends), 1):
+            if before is not None and end is not None and end <= before:
+                raise ValueError(f"stages.{index}.until_tokens: must be > {before}, the end before it, got {end}")
+
+
+def _check_weights(where: str, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Raises ValueError when a source has a weight, but too small a one for a row in every block."""
+    total = sum(weights)
+    for name, weight in zip(names, weights, strict=True):
+        if weight and weight / total * BLOCK_ROWS < 1:
+            raise ValueError(
+                f"{where}: {name} has weight {weight} of {total:g}, less than one row in "
+                f"{BLOCK_ROWS}; give it at least {total / BLOCK_ROWS:g} or leave it out"
+            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,12 @@ import numpy as np
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import shards, storage
 from openmoe.pipelines.config import DataError
-from openmoe.pipelines.mixture import Mixture, shuffle_pass
+from openmoe.pipelines.mixture import shuffle_pass
+from openmoe.pipelines.passes import Passes
+
+POLL_S = 1.0
+COUNTED_ROWS = 1024  # rows whose tokens are counted at a time
+MAX_OPEN_SHARDS = 512  # files; a window of rows lies in far fewer
 
 
 class Record(NamedTuple):
@@ -35,12 +42,9 @@ class Loader:
         """
         self._manifest = manifests.load(manifest_path)
         self._cache_dir = cache_dir or str(Path(tempfile.gettempdir()) / "openmoe-shards")
-        self._passes = [self._manifest.finished_passes(i) for i in range(len(self._manifest.sources))]
-        # Row counts: by source, then by pass, then by group.
-        self._group_rows = [[[g["rows"] for g in groups] for groups in passes] for passes in self._passes]
-        self._mixture = Mixture([source.weight for source in self._manifest.sources], self._manifest.seed)
-        source_rows = np.asarray([sum(map(sum, rows)) for rows in self._group_rows])
-        self._num_rows = self._mixture.rows_available(source_rows)
+        self._mixture = self._manifest.mixture
+        self._passes = Passes(self._manifest)
+        self._count_rows()
         self._shards: dict[tuple[int, int, int], shards.Shard] = {}
 
     @property
@@ -62,6 +66,53 @@ class Loader:
     def num_rows(self) -> int:
         """Global rows that the finished passes serve."""
         return self._num_rows
+
+    @property
+    def epoch_rows(self) -> int | None:
+        """Rows of pass 0 of all sources together; None while one is not finished."""
+        return self._passes.epoch_rows()
+
+    def _count_rows(self) -> None:
+        # By source, then by pass, then by group.
+        self._group_rows = [[[g["rows"] for g in groups] for groups in passes] for passes in self._passes.groups]
+        self._num_rows = self._mixture.rows_available(self._passes.total_rows())
+
+    def wait_for(self, hi: int, *, timeout_s: float, on_wait: Callable[[str], None] = lambda missing: None) -> float:
+        """Waits until another process has built the global rows [0, hi).
+
+        Args:
+          hi: rows wanted.
+          timeout_s: how long to wait at most.
+          on_wait: told once, in words, which pass is missing, if there is anything to wait for.
+
+        Returns:
+          Seconds waited; 0 when the rows were there.
+
+        Raises:
+          DataError: they are not there in time; it names the missing pass.
+        """
+        start_s = time.monotonic()
+        waits = False
+        while hi > self._num_rows:
+            self._passes.refresh()
+            self._count_rows()
+            if hi <= self._num_rows:
+                break
+            if not waits:
+                on_wait(self._missing())
+            elif time.monotonic() - start_s > timeout_s:
+                raise DataError(
+                    f"{self._manifest.path}: {self._missing()} was not built within {timeout_s:g} s; "
+                    "the driver's log says why"
+                )
+            waits = True
+            time.sleep(POLL_S)
+        return time.monotonic() - start_s if waits else 0.0
+
+    def _missing(self) -> str:
+        """Returns in words which pass the first row that is not built belongs to."""
+        source = int(self.sources_of(self._num_rows, self._num_rows + 1)[0])
+        return f"pass {len(self._group_rows[source])} of {self.source_names[source]} (global row {self._num_rows})"
 
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
@@ -100,10 +151,13 @@ class Loader:
 
     def text_token_counts(self, lo: int, hi: int) -> np.ndarray:
         """Returns how often each text id carries loss in the global rows [lo, hi), int64[text_vocab_size]."""
-        batch = self.rows(lo, hi)
-        targets = batch["target_ids"][batch["loss_weights"] > 0]
         size = self._manifest.vocabulary.text_vocab_size
-        return np.bincount(targets[targets < size], minlength=size)
+        counts = np.zeros(size, np.int64)
+        for start in range(lo, hi, COUNTED_ROWS):
+            batch = self.rows(start, min(start + COUNTED_ROWS, hi))
+            targets = batch["target_ids"][batch["loss_weights"] > 0]
+            counts += np.bincount(targets[targets < size], minlength=size)
+        return counts
 
     def unigram_entropy(self, lo: int, hi: int) -> float:
         """Returns the entropy in nats of the loss-carrying text ids of [lo, hi); sentinels are left out."""
@@ -131,11 +185,15 @@ class Loader:
 
     def _shard(self, source: int, number: int, group: int) -> shards.Shard:
         key = (source, number, group)
-        if key not in self._shards:
+        shard = self._shards.pop(key, None)
+        if shard is None:
+            if len(self._shards) == MAX_OPEN_SHARDS:
+                del self._shards[next(iter(self._shards))]  # the one not read for the longest time
             folder = self._manifest.pass_folder(source, number)
-            self._shards[key] = shards.Shard(
+            shard = shards.Shard(
                 storage.join(folder, f"{group:05d}.array_record"),
-                sha256=self._passes[source][number][group]["sha256"],
+                sha256=self._passes.groups[source][number][group]["sha256"],
                 cache_dir=self._cache_dir,
             )
-        return self._shards[key]
+        self._shards[key] = shard
+        return shard

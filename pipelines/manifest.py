@@ -20,6 +20,7 @@ import numpy as np
 
 from openmoe.pipelines import shards, storage, ul2
 from openmoe.pipelines.config import DataConfig, DataError
+from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.permute import Permutation
 from openmoe.pipelines.sources import Unit
 from openmoe.pipelines.tokenizer import Tokenizer, Vocabulary
@@ -34,13 +35,13 @@ class SourceManifest:
 
     Attributes:
       name: as in the run file.
-      weight: share of rows, relative to the other sources'.
+      weight: share of rows, relative to the other sources'; None where the build has stages.
       units: receipts of the tokenized units, in the order of their files.
       passes: folder of its passes, below the data directory.
     """
 
     name: str
-    weight: float
+    weight: float | None
     units: list[dict[str, Any]]
     passes: str
 
@@ -53,6 +54,7 @@ class Manifest:
       path: where this manifest lies.
       data_id: identifies the rows; depends on the documents' tokens and the recipe, not on paths.
       tokenizer: as in the run file.
+      stages: none when the sources' weights hold throughout.
     """
 
     path: str
@@ -65,6 +67,12 @@ class Manifest:
     seed: int
     group_tokens: int
     sources: list[SourceManifest]
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which source, and which row of it, each global row is."""
+        return Mixture(self.stages or one_stage(source.weight or 0 for source in self.sources), self.seed)
 
     @property
     def data_dir(self) -> str:
@@ -89,17 +97,13 @@ class Manifest:
             held += units[unit]["tokens"]
         return groups
 
-    def finished_passes(self, source: int) -> list[list[dict[str, Any]]]:
-        """Returns the group receipts of the finished passes, from 0 on without a gap."""
-        passes: list[list[dict[str, Any]]] = []
-        while found := storage.read_if_present(storage.join(self.pass_folder(source, len(passes)), "pass.json")):
-            passes.append(json.loads(found)["groups"])
-        return passes
-
 
 def manifest_path(data_dir: str, config: DataConfig, tokenizer: Tokenizer, units: list[Unit]) -> str:
     """Returns where the manifest of this configuration over these very files lies."""
-    parts: list[Any] = [asdict(config), tokenizer.fingerprint, [asdict(unit) for unit in units]]
+    settings = asdict(config)
+    if not config.stages:
+        del settings["stages"]  # builds from before there were stages keep their names
+    parts: list[Any] = [settings, tokenizer.fingerprint, [asdict(unit) for unit in units]]
     parts += _recipe() + _formats()
     return storage.join(data_dir, "manifests", f"{_digest(parts)[:24]}.json")
 
@@ -114,12 +118,13 @@ def assemble(
     for source in config.sources:
         units = receipts[source.name]
         identity = [*recipe, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
-        identities.append([*identity, source.weight])
+        identities.append([*identity, source.weight])  # None with stages, which follow
         folder = f"passes/{source.name}-{_digest([*identity, *_formats()])[:16]}"
         sources.append(SourceManifest(name=source.name, weight=source.weight, units=units, passes=folder))
+    stages = stages_of(config)
     return Manifest(
         path=path,
-        data_id=_digest(identities)[:32],
+        data_id=_digest([*identities, *stages])[:32],
         tokenizer=config.tokenizer,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocabulary=vocabulary,
@@ -128,7 +133,14 @@ def assemble(
         seed=config.seed,
         group_tokens=config.group_tokens,
         sources=sources,
+        stages=stages,
     )
+
+
+def stages_of(config: DataConfig) -> tuple[Stage, ...]:
+    """Returns the stages of a configuration, in rows; none when it has none."""
+    ends = [stage.until_tokens and stage.until_tokens // config.seq_len for stage in config.stages]
+    return tuple(Stage(end, weights) for end, weights in zip(ends, config.weights_by_stage(), strict=False))
 
 
 def commit(manifest: Manifest) -> None:
@@ -145,7 +157,8 @@ def load(path: str) -> Manifest:
         vocabulary = fields.pop("vocabulary")
         vocabulary["prompts"] = {mode: tuple(ids) for mode, ids in vocabulary["prompts"].items()}
         sources = [SourceManifest(**source) for source in fields.pop("sources")]
-        return Manifest(path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, **fields)
+        stages = tuple(Stage(end, tuple(weights)) for end, weights in fields.pop("stages", ()))
+        return Manifest(path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, stages=stages, **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of this version ({error}); delete it and build again") from error
 

@@ -15,7 +15,7 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -150,6 +150,16 @@ def remove_folder(folder: str) -> None:
             _gcs().rm(folder, recursive=True)
         else:
             shutil.rmtree(folder)
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    """Removes files; one that is gone already is no error."""
+    for path in paths:
+        with _explained(path, "be removed"), contextlib.suppress(FileNotFoundError):
+            if is_remote(path):
+                _gcs().rm_file(path)
+            else:
+                Path(path).unlink()
 
 
 def for_pyarrow(folder: str) -> dict[str, Any]:

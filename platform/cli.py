@@ -2,16 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmoe.platform import tables
+from openmoe.platform import cli_cluster, cli_dashboard, cli_jobs, cli_render, cli_schedule, tables
 
 if TYPE_CHECKING:
     from openmoe.platform.data_summary import SourceSummary
-    from openmoe.platform.validate import Section
 
 app = typer.Typer(
     name="openmoe",
@@ -24,8 +22,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 model_app = typer.Typer(help="Look at models.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-app.add_typer(model_app, name="model")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -48,13 +44,17 @@ def main() -> None:
 
 def _bad_input() -> tuple[type[ValueError], ...]:
     from openmoe.clusters.local_ray import LocalRayError
+    from openmoe.clusters.twin_state import TwinError
     from openmoe.pipelines.config import DataError
     from openmoe.pipelines.storage import StorageError
+    from openmoe.platform.dashboard.server import DashboardError
+    from openmoe.platform.job import JobError
     from openmoe.platform.journal import JournalError
     from openmoe.platform.run_dir import RunDirError
     from openmoe.platform.spec_errors import SpecError
 
-    return (SpecError, DataError, StorageError, RunDirError, JournalError, LocalRayError)
+    ours = (SpecError, DataError, StorageError, RunDirError, JournalError, LocalRayError, TwinError, JobError)
+    return (*ours, DashboardError)
 
 
 @app.command()
@@ -69,15 +69,27 @@ def quickstart(
 
 
 @app.command()
-def train(run: Run, overrides: Overrides = None) -> None:
+def train(
+    run: Run,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Cluster file: where the provider's records are.")
+    ] = None,
+) -> None:
     """Train a run, or go on with it where it stopped."""
-    from openmoe.platform import spec
+    from openmoe.platform import instances, spec
 
     loaded = spec.load(run, overrides or ())
+    read_instances = instances.reader(cluster)
 
     from openmoe.platform import driver  # imports Ray: only once the run file is known to be good
 
-    raise typer.Exit(driver.train(loaded))
+    raise typer.Exit(driver.train(loaded, read_instances))
+
+
+app.command()(cli_jobs.up)
+app.command()(cli_jobs.submit)
+app.command()(cli_dashboard.dashboard)
 
 
 @app.command()
@@ -86,7 +98,7 @@ def validate(run: Run, overrides: Overrides = None, as_json: Json = False) -> No
     from openmoe.platform import spec
     from openmoe.platform import validate as validation
 
-    _show_sections(validation.explain(spec.load(run, overrides or ())), as_json=as_json)
+    tables.show_sections(validation.explain(spec.load(run, overrides or ())), as_json=as_json)
 
 
 @app.command()
@@ -119,7 +131,7 @@ def runs(
         (
             run.name,
             run.state,
-            f"{run.step:,} / {run.steps:,}",
+            f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}",
             "" if run.loss is None else f"{run.loss:.4f}",
             f"{datetime.fromtimestamp(run.updated_s).astimezone():%Y-%m-%d %H:%M:%S}",
             run.path,
@@ -152,11 +164,12 @@ def data_build(run: Run, overrides: Overrides = None) -> None:
 
     loaded = spec.load(run, overrides or ())
 
-    from openmoe.platform import driver, progress, ray_session
+    from openmoe.platform import build_ahead, driver, progress, ray_session, spec_paths
 
-    loaded = driver.with_absolute_paths(loaded)
+    loaded = spec_paths.with_absolute_paths(loaded)
     with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
-        driver.build_data(loaded, show)
+        driver.check_data(loaded)
+        build_ahead.build_all(loaded, show, show.say)
 
 
 @data_app.command("show")
@@ -216,12 +229,13 @@ def model_describe(
 
     if name not in PRESETS:
         raise SpecError([Problem("", f"no preset of this name; {did_you_mean(name, PRESETS)}")], name)
-    _show_sections(validation.describe_model(PRESETS[name]), as_json=as_json)
+    tables.show_sections(validation.describe_model(PRESETS[name]), as_json=as_json)
 
 
-def _show_sections(sections: "Sequence[Section]", *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({s.title: {fact.key: fact.value for fact in s.facts} for s in sections}, indent=2))
-        return
-    for section in sections:
-        tables.show(section.title, ("", "", ""), [(fact.key, fact.text, fact.note) for fact in section.facts])
+app.add_typer(cli_jobs.app, name="jobs")
+app.add_typer(cli_jobs.controller_app, name="controller")
+app.add_typer(cli_schedule.app, name="schedule")
+app.add_typer(cli_cluster.app, name="cluster")
+cli_render.add_to(cli_cluster.app)
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")

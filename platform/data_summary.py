@@ -8,13 +8,14 @@ from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest, SourceManifest
+from openmoe.pipelines.passes import Passes
 
 
 class SourceSummary(NamedTuple):
     """One source of a build.
 
     Attributes:
-      share: of the mixture's rows.
+      share: of the mixture's rows; where it has stages, of those that are built.
       documents: usable ones, all of which every pass contains.
       bad: documents left out.
       tokens: of text, in one pass.
@@ -55,16 +56,26 @@ def _matches(manifest: Manifest, config: DataConfig) -> bool:
     fields = ("tokenizer", "seq_len", "objective", "seed", "group_tokens")
     same = all(getattr(manifest, field) == getattr(config, field) for field in fields)
     mixture = [(source.name, source.weight) for source in config.sources]
-    return same and [(source.name, source.weight) for source in manifest.sources] == mixture
+    built = [(source.name, source.weight) for source in manifest.sources]
+    return same and built == mixture and manifest.stages == manifests.stages_of(config)
 
 
 def summarize(manifest: Manifest) -> list[SourceSummary]:
     """Returns the sources of a build, in the order of the run file."""
-    total = sum(source.weight for source in manifest.sources)
+    passes = Passes(manifest)
+    shares = _shares(manifest, passes)
     return [
-        _source(source, manifest.finished_passes(index), share=source.weight / total, seq_len=manifest.seq_len)
+        _source(source, passes.groups[index], share=shares[index], seq_len=manifest.seq_len)
         for index, source in enumerate(manifest.sources)
     ]
+
+
+def _shares(manifest: Manifest, passes: Passes) -> list[float]:
+    if not manifest.stages:
+        weights = [source.weight or 0 for source in manifest.sources]
+        return [weight / sum(weights) for weight in weights]
+    rows = manifest.mixture.rows_available(passes.total_rows())
+    return [int(needed) / max(rows, 1) for needed in manifest.mixture.rows_needed(rows)]
 
 
 def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share: float, seq_len: int) -> SourceSummary:

@@ -10,22 +10,21 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from openmoe.pipelines import storage
-from openmoe.pipelines.manifest import Manifest
-from openmoe.platform import ray_session, report, validate
+from openmoe.clusters.provider import Instance
+from openmoe.pipelines.config import DataError
+from openmoe.platform import build_ahead, ray_session, report, run_length, spec_paths, validate
 from openmoe.platform.journal import Journal
 from openmoe.platform.lineage import Claim
 from openmoe.platform.progress import ProgressReport
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
-from openmoe.platform.verdict import Decision, Evidence, Verdict, decide, diagnose
+from openmoe.platform.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose
 
 DRIVER = 99_999  # the driver's process number in the journal; workers count from 0
 
@@ -34,78 +33,126 @@ class Stopped(BaseException):
     """Somebody asked the driver to stop: Ctrl-C, or SIGTERM as `ray job stop` sends it."""
 
 
-def train(spec: RunSpec) -> int:
+def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple) -> int:
     """Runs `spec` to its end: data, incarnations, summary.
+
+    Args:
+      spec: the run.
+      instances: reads the provider's records of the machines; none where it keeps none.
 
     Returns:
       Exit code: 0 the run is finished, 1 it ended before, 2 its input is wrong.
     """
-    run = RunDir(_absolute(spec.run_dir))
+    run = RunDir(spec_paths.absolute(spec.run_dir))
     run.create(spec)
-    spec = with_absolute_paths(spec)
+    spec = spec_paths.with_absolute_paths(spec)
     with ProgressReport() as show:
         finished = run.finished()
-        if finished and finished["steps"] >= spec.train.steps:
+        if finished and run_length.is_reached(spec.train, finished):
             show.say(f"{spec.name} is finished already ({finished['steps']} steps): {run.at('summary.html')}")
-            show.say(f"to train on: train.steps={2 * spec.train.steps}, or another run_dir to start over")
+            show.say(f"to train on: {run_length.longer(spec.train)}, or another run_dir to start over")
             return 0
         try:
             with stops_raise(), ray_session.started(spec.cluster) as where:
                 show.say(f"Ray: {where}")
-                manifest = build_data(spec, show)
-                return Attempt(spec, run, manifest.path, show).run()
+                return _train(spec, run, instances, show)
         except Stopped:
             show.say(f"stopped on request; the same command goes on from the last checkpoint in {run.path}")
             return 1
 
 
-def build_data(spec: RunSpec, show: ProgressReport) -> Manifest:
-    """Writes the sample corpus if the run file wants it, then the shards this run reads; what is there stays.
+def _train(spec: RunSpec, run: RunDir, instances: Callable[[], Iterable[Instance]], show: ProgressReport) -> int:
+    """Builds the data that training begins with, and the rest while it trains."""
+    check_data(spec)
+    newest = run.newest_accepted()
+    manifest, known = build_ahead.build_first(spec, newest.step if newest else 0, show, show.say)
+    attempt = Attempt(known, run, manifest.path, show, instances)
+    with build_ahead.BuildAhead(known, manifest, attempt.position_steps, show, show.say) as ahead:
+        if not attempt.run(ahead.check):
+            return attempt.exit_code
+    result = report.finish(spec, run, manifest.path)
+    print("\n".join([f"{spec.name} is finished", *result.lines(run.path)]))
+    return 0
 
-    Ray must be running.
-    """
-    from openmoe.pipelines import build, stdlib_corpus
+
+def check_data(spec: RunSpec) -> None:
+    """Checks the tokenizer, and writes the sample corpus if the run file wants one."""
+    from openmoe.pipelines import stdlib_corpus
 
     validate.check_tokenizer(spec)
     if spec.sample_corpus:
         stdlib_corpus.write_corpus(spec.sample_corpus)
-    rows = spec.train.steps * spec.train.batch_rows
-    return build.build(spec.data, spec.data_dir, min_rows=rows, report=show)
 
 
 class Attempt:
     """The incarnations of one driver, each judged by its end."""
 
-    def __init__(self, spec: RunSpec, run: RunDir, manifest_path: str, show: ProgressReport) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: RunDir,
+        manifest_path: str,
+        show: ProgressReport,
+        instances: Callable[[], Iterable[Instance]],
+    ) -> None:
         self._spec, self._run, self._manifest_path, self._show = spec, run, manifest_path, show
+        self._instances = instances
+        self._step = 0
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
+        self.exit_code = 0
 
-    def run(self) -> int:
-        """Runs incarnations until one finishes the run or a verdict says stop; returns the exit code."""
+    def position_steps(self) -> int:
+        """Returns how many steps the run has done, as far as the driver has heard."""
+        return self._step
+
+    def run(self, check: Callable[[], None]) -> bool:
+        """Runs incarnations until one finishes the run, or a verdict says stop: then `exit_code` says how.
+
+        Args:
+          check: called while workers train; raises what makes training on useless.
+
+        Returns:
+          Whether the run has all its steps.
+        """
+        from openmoe.platform import hosts
+
         while True:
+            hosts.wait_for_slices(self._spec.cluster, self._show.say)
             claim = self._run.claim()
-            start = self._run.step_of(claim.resumes)
-            self._show.say(f"incarnation {claim.incarnation} starts at step {start} of {self._spec.train.steps}")
-            verdict = self._incarnate(claim)
-            if verdict is None:
-                result = report.finish(self._spec, self._run, self._manifest_path)
-                print("\n".join([f"{self._spec.name} is finished", *result.lines(self._run.path)]))
-                return 0
-            decision = self._judge(claim, verdict)
+            journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
+            self._step = self._run.step_of(claim.resumes)
+            steps = self._spec.train.total_steps
+            self._show.say(f"incarnation {claim.incarnation} starts at step {self._step} of {steps}")
+            try:
+                evidence = self._incarnate(claim, journal, check)
+            except Stopped:
+                self._judge(claim, journal, diagnose(Evidence(operator_stop=True)))
+                raise
+            except DataError as error:
+                failure = Failure(rank=-1, kind="bad_input", text=str(error))
+                self._judge(claim, journal, diagnose(Evidence(failures=(failure,))))
+                raise
+            if evidence is None:
+                return True
+            verdict = diagnose(evidence)
+            decision = self._judge(claim, journal, verdict)
             if decision.action == "stop":
-                return 2 if verdict.cause == "bad_input" else 1
+                self.exit_code = 2 if verdict.cause == "bad_input" else 1
+                return False
+            hosts.drain_broken_slices(evidence.hosts, self._show.say)
 
-    def _incarnate(self, claim: Claim) -> Verdict | None:
+    def _incarnate(self, claim: Claim, journal: Journal, check: Callable[[], None]) -> Evidence | None:
         """Runs one incarnation to its end; None means that the run is finished.
 
         Ray Train waits in a thread of its own, so that a signal to the driver is answered at once.
         """
         import ray
 
-        from openmoe.platform import worker, worker_group
+        from openmoe.platform import hosts, worker, worker_group
 
         board = worker.start_board()
+        watch = hosts.Watch(self._spec.cluster.num_workers, self._instances)
         config = {
             "spec": self._spec.model_dump_json(),
             "claim": asdict(claim),
@@ -119,19 +166,28 @@ class Attempt:
             daemon=True,
         )
         wait.start()
+        placed = False
         while wait.is_alive():
             wait.join(timeout=0.5)
+            check()
             self._show_newest(ray.get(board.take.remote()))
+            if not placed and (places := ray.get(board.placements.remote())).keys() == watch.ranks:
+                placed = True
+                journal.append({"event": "placed", "time_s": time.time(), "hosts": hosts.names(places)})
+                journal.flush()
         evidence = ended.result()
-        return None if evidence is None else diagnose(evidence)
+        if evidence is None:
+            return None
+        return replace(evidence, hosts=watch.look(ray.get(board.placements.remote())))
 
     def _show_newest(self, record: dict[str, Any] | None) -> None:
         if record is not None:
+            self._step = record["step"]
             tokens = self._spec.train.batch_rows * self._spec.data.seq_len
             detail = f"loss {record['loss']:.3f}  {tokens / record['step_s']:,.0f} tokens/s"
-            self._show("train", record["step"], self._spec.train.steps, "steps", detail)
+            self._show("train", record["step"], self._spec.train.total_steps, "steps", detail)
 
-    def _judge(self, claim: Claim, verdict: Verdict) -> Decision:
+    def _judge(self, claim: Claim, journal: Journal, verdict: Verdict) -> Decision:
         """Decides what follows an incarnation, and journals why."""
         newest = self._run.newest_accepted()
         end = (verdict.trace, newest.step if newest else 0)
@@ -145,10 +201,11 @@ class Attempt:
         self._spent[verdict.cause] += 1
         if verdict.cause == "damaged_checkpoint":
             self._run.quarantine(claim.resumes, verdict.reason)
-        journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
         journal.append({"event": "ended", "time_s": time.time(), **asdict(verdict), "decision": asdict(decision)})
         journal.flush()
         self._show.say(f"incarnation {claim.incarnation} ended, {decision.action}: {decision.reason}")
+        for sentence in verdict.evidence:
+            self._show.say(f"  {sentence}")
         if decision.action == "stop" and verdict.trace and verdict.cause != "bad_input":
             self._show.say(verdict.trace)
         return decision
@@ -159,22 +216,6 @@ def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) 
         future.set_result(function(*arguments))
     except BaseException as error:
         future.set_exception(error)
-
-
-def with_absolute_paths(spec: RunSpec) -> RunSpec:
-    """Returns the spec with local paths made absolute: workers need not run in the driver's folder."""
-    sources = tuple(
-        replace(source, paths=tuple(_absolute(path) for path in source.paths)) for source in spec.data.sources
-    )
-    paths = {key: _absolute(getattr(spec, key)) for key in ("run_dir", "data_dir")}
-    validate.check_tokenizer(spec)
-    if spec.sample_corpus:
-        paths["sample_corpus"] = _absolute(spec.sample_corpus)
-    return spec.model_copy(update={**paths, "data": replace(spec.data, sources=sources)})
-
-
-def _absolute(path: str) -> str:
-    return path if storage.is_remote(path) else str(Path(path).absolute())
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
     else:
         needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
         arguments = local_ray.init_arguments(
-            num_cpus=needed,
+            num_cpus=needed + 1,  # one for the coming pass of the data, while all workers train
             object_store_bytes=cluster.object_store_bytes,
             dashboard_port=cluster.dashboard_port,
         )

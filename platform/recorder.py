@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from openmoe.pipelines.storage import StorageError
+from openmoe.platform.event_files import EventFiles
 from openmoe.platform.journal import Journal
 from openmoe.platform.lineage import Claim, Position
 from openmoe.platform.run_dir import RunDir
@@ -29,13 +31,14 @@ class Recorder:
     Metrics are read one step late, so that the devices never wait for the host.
     """
 
-    def __init__(self, run: RunDir, claim: Claim, report: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, run: RunDir, claim: Claim, report: Callable[[dict[str, Any]], None], *, row_tokens: int) -> None:
         process = jax.process_index()
         self._leads = process == 0
         self._events = Journal(run.at("journal"), incarnation=claim.incarnation, process=process)
         self._metrics = Journal(run.at("metrics"), incarnation=claim.incarnation, process=process)
+        self._curves = EventFiles(run.at("tensorboard"), incarnation=claim.incarnation, row_tokens=row_tokens)
         self._report = report
-        self._in_flight: tuple[Position, Position, dict[str, Array]] | None = None
+        self._in_flight: tuple[Position, Position, dict[str, Array | float]] | None = None
         self._last = Position()
         self._last_time_s = time.time()
         self.ledger_head = ""
@@ -48,17 +51,23 @@ class Recorder:
     ) -> None:
         if error is not None:
             self.event("raised", error=f"{type(error).__name__}: {error}")
-        self.flush()
+        try:
+            self.flush()
+        except StorageError as failure:
+            if error is None:
+                raise
+            error.add_note(f"and its last records are lost: {failure}")  # must not hide what ended the incarnation
 
     def begin(self, position: Position, ledger_head: str) -> None:
         """Says where the incarnation starts; the time of the first step counts from here."""
         self._last, self.ledger_head, self._last_time_s = position, ledger_head, time.time()
+        self._curves.begin(position.step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Journals something that happened, with the time it happened."""
         self._events.append({"event": kind, "time_s": time.time(), **facts})
 
-    def record(self, position: Position, metrics: dict[str, Array]) -> None:
+    def record(self, position: Position, metrics: dict[str, Array | float]) -> None:
         """Takes the metrics of the step that led to `position`, and keeps those of the step before it.
 
         Raises:
@@ -88,6 +97,7 @@ class Recorder:
         self._last_time_s = now_s
         if self._leads:
             self._metrics.append(record)
+            self._curves.append(record)
             self._report(record)
         if not math.isfinite(values["total_loss"]):
             raise NonFiniteLoss(f"step {position.step}, rows {rows[0]}..{rows[1] - 1}: loss {values['total_loss']}")
@@ -96,6 +106,7 @@ class Recorder:
         """Makes all that was kept so far durable."""
         self._metrics.flush()
         self._events.flush()
+        self._curves.flush()
 
 
 def _to_json(value: np.ndarray) -> Any:

@@ -7,11 +7,13 @@ import time
 from dataclasses import asdict, dataclass
 
 from openmoe.pipelines.loader import Loader
+from openmoe.platform import run_length
 from openmoe.platform.dashboard import summary
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
 
 LAST_STEPS = 10
+UNIGRAM_ROWS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,52 +22,63 @@ class RunReport:
 
     Attributes:
       steps: optimizer steps along the line of truth.
+      epoch_rows: rows of pass 0 of all sources together; None where one of them was never needed.
+      epochs: rows that were read, by epoch_rows.
       tokens: rows x row length consumed by them, padding included.
       loss: mean cross-entropy of the last 10 steps, nats per loss-carrying token, sentinels left out.
-      unigram_entropy: of the same kind of tokens over the whole stream that was read, nats.
+      unigram_entropy: of the same kind of tokens over the stream that was read, its first 20,000 rows, nats.
       tokens_per_s: of the median step.
       incarnations: worker groups that were started, restarts included.
       samples: [prompt, continuation] pairs from the final state.
+      go_on: the setting that makes the run longer.
     """
 
     steps: int
+    epoch_rows: int | None
+    epochs: float | None
     tokens: int
     loss: float
     unigram_entropy: float
     tokens_per_s: float
     incarnations: int
     samples: list[list[str]]
+    go_on: str
 
     def lines(self, run: str) -> list[str]:
         """Returns the report for a terminal."""
         gain = self.unigram_entropy - self.loss
+        epochs = "" if self.epochs is None else f"{self.epochs:.2f} epochs, "
         samples = [f"  sample         {prompt!r} -> {text!r}" for prompt, text in self.samples]
         return [
-            f"{self.steps:,} steps, {self.tokens:,} tokens, {self.incarnations} incarnation(s)",
+            f"{self.steps:,} steps, {self.tokens:,} tokens, {epochs}{self.incarnations} incarnation(s)",
             f"  final loss     {self.loss:.3f} nats: cross-entropy of the last {LAST_STEPS} steps, sentinels left out",
             f"  unigram        {self.unigram_entropy:.3f} nats: entropy of the same tokens, {gain:.3f} above the loss",
             f"  speed          {self.tokens_per_s:,.0f} tokens/s in the median step",
             *samples,
             f"  run directory  {run}",
             f"  look           {run}/summary.html",
-            f"  go on          the same command with train.steps={2 * self.steps}",
+            f"  go on          the same command with {self.go_on}",
         ]
 
 
 def compute(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
-    """Folds the run directory into its report."""
+    """Folds the run directory into its report; the run's length in `spec` as its owner gave it."""
     trace = run.trace()
     tokens_per_step = spec.train.batch_rows * spec.data.seq_len
     loader = Loader(manifest_path)
+    epoch_rows, rows = loader.epoch_rows, trace[-1]["rows"][1]
     samples = [event["samples"] for event in run.events() if event["event"] == "sampled"]
     return RunReport(
         steps=trace[-1]["step"],
+        epoch_rows=epoch_rows,
+        epochs=rows / epoch_rows if epoch_rows else None,
         tokens=len(trace) * tokens_per_step,
         loss=statistics.fmean(record["text_loss"] for record in trace[-LAST_STEPS:]),
-        unigram_entropy=loader.unigram_entropy(0, trace[-1]["rows"][1]),
+        unigram_entropy=loader.unigram_entropy(0, min(rows, UNIGRAM_ROWS)),
         tokens_per_s=tokens_per_step / statistics.median(record["step_s"] for record in trace),
         incarnations=len(run.claims()),
         samples=samples[-1] if samples else [],
+        go_on=run_length.longer(spec.train),
     )
 
 

@@ -6,6 +6,7 @@ accepted/000001.json      created if absent: a checkpoint that counts
 quarantined/000001.json   an acceptance whose checkpoint could not be restored, and why
 checkpoints/000001/<step> Orbax, a folder for each incarnation
 journal/  metrics/        segments (journal.py)
+tensorboard/              the metrics as event files (event_files.py)
 data/                     token cache, shards, manifest (unless data.dir says otherwise)
 finished.json             the end of a successful run
 """
@@ -167,13 +168,13 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One line of `openmoe runs`."""
+    """One line of `openmoe runs`; `steps` is None of a run in epochs that has not started."""
 
     name: str
     path: str
     state: str
     step: int
-    steps: int
+    steps: int | None
     loss: float | None
     updated_s: float
 
@@ -193,12 +194,13 @@ def summarize(run: RunDir) -> RunSummary:
     record = run.read_json("run.json")
     trace, finished = run.trace(), run.finished()
     last = trace[-1] if trace else {}
+    planned = [event["steps"] for event in run.events() if event["event"] == "started" and "steps" in event]
     return RunSummary(
         name=record["name"],
         path=run.path,
         state="finished" if finished else "resumable" if trace else "started",
         step=last.get("step", 0),
-        steps=record["spec"]["train"]["steps"],
+        steps=planned[-1] if planned else record["spec"]["train"]["steps"],
         loss=last.get("loss"),
         updated_s=last.get("time_s", record["created_s"]),
     )

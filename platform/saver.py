@@ -81,7 +81,7 @@ class Saver:
     def is_due(self, step_number: int) -> bool:
         """Returns whether to save after this step: every checkpoint_every_steps, and after the last."""
         every = self._spec.train.checkpoint_every_steps
-        return step_number % every == 0 or step_number == self._spec.train.steps
+        return step_number % every == 0 or step_number == self._spec.train.total_steps
 
     def save(self, state: step.TrainState, position: Position) -> None:
         """Starts an asynchronous save, after the one before it; `accept_committed` notices its end."""

@@ -67,7 +67,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
     Raises:
       SpecError: with every problem of the file and the overrides.
     """
-    source = spec_source.read(path_or_name)
+    source = spec_source.read(path_or_name, spec_source.RUN_FILE)
     for override in overrides:
         source.override(override)
     problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
@@ -89,8 +89,9 @@ def dump(spec: RunSpec) -> str:
 
 
 # A run directory is bound to these. The rest may change while a run goes on: where it runs and is kept
-# (name, run_dir, data_dir, sample_corpus, mesh, cluster, budgets), how long it goes, when it saves and what
-# it samples (the rest of train), and how much dirt a source may hold (data.sources.*.max_bad_share).
+# (name, run_dir, data_dir, sample_corpus, mesh, cluster, budgets; folders of sources and tokenizer), how long it
+# goes, when it saves and what it samples (the rest of train), and how much dirt a source may hold. That moved files
+# are the same files is held by the data id, which is compared at every restore.
 HASHED_SECTIONS = ("seed", "model", "data", "optimizer")
 HASHED_TRAIN_FIELDS = ("batch_rows", "microbatches")
 
@@ -99,7 +100,10 @@ def mathematics(spec: RunSpec) -> dict[str, Any]:
     """The settings that decide the numbers: model, data, seed, optimizer, and what one step consumes."""
     values = spec.model_dump(mode="json")
     for source in values["data"]["sources"]:
-        del source["max_bad_share"]
+        del source["max_bad_share"], source["paths"]
+    values["data"]["tokenizer"] = values["data"]["tokenizer"].rpartition("/")[2]
+    if not spec.data.stages:
+        del values["data"]["stages"]  # runs from before there were stages keep their hash
     return {
         **{section: values[section] for section in HASHED_SECTIONS},
         "train": {field: values["train"][field] for field in HASHED_TRAIN_FIELDS},

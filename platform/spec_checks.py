@@ -52,7 +52,7 @@ def _holds_whole_groups(model: ModelConfig, *, rows: int, seq_len: int, devices:
 
 
 def _lengths(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
-    if train.checkpoint_every_steps > train.steps:
+    if train.steps is not None and train.checkpoint_every_steps > train.steps:
         yield Problem(
             "train.checkpoint_every_steps",
             f"must be <= train.steps={train.steps}, got {train.checkpoint_every_steps}",

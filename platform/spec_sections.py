@@ -1,8 +1,8 @@
 """The sections of a run file that belong to the platform; model and data have theirs in their own packages."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -14,7 +14,12 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """How long, how large a step, how often to save."""
 
-    steps: int = Field(ge=1, description="Optimizer steps of the whole run; may be raised later.")
+    steps: int | None = Field(default=None, ge=1, description="Optimizer steps of the whole run; may be raised later.")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Instead of steps: how often as many rows as pass 0 of all sources holds; whole steps of them.",
+    )
     batch_rows: int = Field(ge=1, le=2**20, description="Rows of a step, all devices and microbatches together.")
     microbatches: int = Field(
         default=1,
@@ -24,6 +29,23 @@ class TrainConfig(Section):
     checkpoint_every_steps: int = Field(ge=1, description="Steps between checkpoints; the last step saves too.")
     keep_checkpoints: int = Field(default=3, ge=1, description="Newest checkpoints kept.")
     sample_tokens: int = Field(default=32, ge=0, description="Tokens sampled when the run ends; 0 for none.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps: missing; add `steps:` or `epochs:` to `train`")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"epochs: a run has steps or epochs, got steps={self.steps} too; remove one (or train.steps=null)"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run; a run of epochs has them once `run_length.resolved` has seen its data."""
+        if self.steps is None:
+            raise ValueError(f"train.epochs={self.epochs:g}: not steps yet, the data is not built")
+        return self.steps
 
 
 class MeshConfig(Section):
@@ -73,4 +95,5 @@ class BudgetsConfig(Section):
     out_of_memory: int = Field(default=1, ge=0, description="A worker ran out of memory.")
     bad_numbers: int = Field(default=0, ge=0, description="A loss that is not finite.")
     bad_code: int = Field(default=0, ge=0, description="An exception in the training code.")
+    cluster_lost: int = Field(default=1000, ge=0, description="Ray's head died; the run goes on when it is back.")
     unknown: int = Field(default=3, ge=0, description="An end without evidence.")

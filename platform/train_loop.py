@@ -12,6 +12,7 @@ next row and, on the same topology, with the same bits.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from openmoe.platform.run_dir import RunDir
 from openmoe.platform.saver import Saver
 from openmoe.platform.spec import RunSpec
 
+DATA_TIMEOUT_S = 2 * 3600.0  # a pass that fails to be built ends the run earlier, with its reason
 BATCH_KEYS = ("input_ids", "target_ids", "loss_weights", "segment_ids", "positions")
 
 
@@ -54,17 +56,21 @@ def train(
     check_process_group(spec)
     mesh = sharding.make_mesh(data=spec.mesh.data, expert=spec.mesh.expert)
     loader = Loader(manifest_path)
-    with Recorder(run, claim, report) as recorder:
-        recorder.event("started", mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint())
+    with Recorder(run, claim, report, row_tokens=spec.data.seq_len) as recorder:
+        recorder.event(
+            "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
+        )
         saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
         state, position = saver.restore(mesh)
         train_step = step.make_train_step(spec.model, spec.optimizer, mesh)
 
-        while position.step < spec.train.steps:
+        while position.step < spec.train.total_steps:
+            data_wait_s = wait_for_rows(loader, position.next_row + spec.train.batch_rows, recorder)
             batch = global_batch(spec, mesh, loader, first_row=position.next_row)
             state, metrics = train_step(state, batch)
             position = position.after(rows=spec.train.batch_rows)
-            recorder.record(position, metrics)  # waits for the step before this one, which stays in flight
+            # Waits for the step before this one, which stays in flight.
+            recorder.record(position, {**metrics, "data_wait_s": data_wait_s})
             if saver.is_due(position.step):
                 recorder.catch_up()
                 saver.save(state, position)
@@ -86,6 +92,19 @@ def check_process_group(spec: RunSpec) -> None:
             f"cluster: the JAX process group has {found[0]} processes and {found[1]} devices, the run file says "
             f"num_workers={wanted[0]} x devices_per_worker={spec.cluster.devices_per_worker}"
         )
+    fake = os.environ.get("JAX_PLATFORMS") == "cpu"  # as the hosts of `openmoe cluster up` on one machine say
+    if spec.cluster.accelerator == "tpu" and jax.default_backend() != "tpu" and not fake:
+        raise RuntimeError(f"cluster: accelerator is tpu, JAX found only {jax.default_backend()} on this host")
+
+
+def wait_for_rows(loader: Loader, last_row: int, recorder: Recorder) -> float:
+    """Waits, if it must, until the driver has built the global rows [0, last_row); returns the seconds waited."""
+
+    def say(missing: str) -> None:
+        recorder.event("waits_for_data", missing=missing)
+        recorder.flush()
+
+    return loader.wait_for(last_row, timeout_s=DATA_TIMEOUT_S, on_wait=say)
 
 
 def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -> dict[str, Array]:

@@ -6,52 +6,38 @@ are divided over the expert axis, all else is on every device; nothing is recomp
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import fields
-from typing import NamedTuple
 
 from openmoe.model import counts
 from openmoe.model.config import ModelConfig, OptimizerConfig
+from openmoe.platform import run_length, validate_data
+from openmoe.platform.facts import Fact, Section, count, listed, num_bytes, short
 from openmoe.platform.spec import RunSpec, spec_hash
 from openmoe.platform.spec_checks import legal_meshes
 from openmoe.platform.spec_errors import Problem, SpecError
 
 FLOAT32_BYTES = 4
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# UL2 rows of 2,048 tokens hold 1,920 to 1,933 tokens of text, whichever the corpus; the rest are prompts,
-# sentinels and ends.
-TEXT_SHARE_OF_ROW = 0.94
 DESCRIBED_SEQ_LEN = 2048
 
 
-class Fact(NamedTuple):
-    """One derived number: what JSON shows, what people read, and how it came about."""
-
-    key: str
-    value: int | float | str | list[int] | list[list[int]]
-    text: str
-    note: str = ""
-
-
-class Section(NamedTuple):
-    """Facts that belong together."""
-
-    title: str
-    facts: tuple[Fact, ...]
-
-
 def explain(spec: RunSpec) -> list[Section]:
-    """Returns every number that follows from a run file.
+    """Returns every number that follows from a run file, and from its data where that is built.
 
     Raises:
       SpecError: the tokenizer does not fit the model.
+      DataError: the data that is built is less than one step.
     """
+    built = validate_data.find_built(spec)
+    epoch_rows = built.epoch_rows() if built else None
+    known = run_length.resolved(spec, epoch_rows)
     return [
         Section("run", _run(spec)),
         *describe_model(spec.model, seq_len=spec.data.seq_len),
-        Section("step", _step(spec)),
-        Section("data", _data(spec)),
+        Section("step", (*_step(spec), *validate_data.length(spec, epoch_rows))),
+        Section("data", (*validate_data.rows(known), _tokenizer(spec))),
+        *validate_data.stages(known),
+        *validate_data.passes_reached(known, built),
         Section("memory per device", _memory(spec)),
         Section("devices", _devices(spec)),
     ]
@@ -60,15 +46,15 @@ def explain(spec: RunSpec) -> list[Section]:
 def describe_model(model: ModelConfig, *, seq_len: int = DESCRIBED_SEQ_LEN) -> list[Section]:
     """Returns what follows from a model's settings alone."""
     parameters = counts.parameter_counts(model)
-    components = [_count(field.name, getattr(parameters, field.name)) for field in fields(parameters)]
+    components = [count(field.name, getattr(parameters, field.name)) for field in fields(parameters)]
     vocabulary = parameters.embedding + parameters.head
     active = counts.active_parameters(model)
     moe_layers = [layer for layer in range(model.num_layers) if model.is_moe_layer(layer)]
     model_facts = (
-        Fact("layers", model.num_layers, str(model.num_layers), f"MoE: {_listed(moe_layers)}"),
-        _count("parameters", parameters.total, "stored"),
-        _count("active_parameters", active, f"act on one token, the vocabulary's {_short(vocabulary)} left out"),
-        _count(
+        Fact("layers", model.num_layers, str(model.num_layers), f"MoE: {listed(moe_layers)}"),
+        count("parameters", parameters.total, "stored"),
+        count("active_parameters", active, f"act on one token, the vocabulary's {short(vocabulary)} left out"),
+        count(
             "flops_per_token",
             counts.flops_per_token(model, seq_len=seq_len),
             f"forward and backward, rows of {seq_len}",
@@ -89,22 +75,15 @@ def _run(spec: RunSpec) -> tuple[Fact, ...]:
 def _step(spec: RunSpec) -> tuple[Fact, ...]:
     train, model, seq_len = spec.train, spec.model, spec.data.seq_len
     tokens = train.batch_rows * seq_len
-    total = train.steps * tokens
-    flops = total * counts.flops_per_token(model, seq_len=seq_len)
-    saves = math.ceil(train.steps / train.checkpoint_every_steps)
     rows = train.batch_rows // train.microbatches
-    facts = [
-        _count("tokens_per_step", tokens, f"{train.batch_rows} rows of {seq_len}, padding included"),
-        _count(
+    facts = (
+        count("tokens_per_step", tokens, f"{train.batch_rows} rows of {seq_len}, padding included"),
+        count(
             "rows_per_microbatch",
             rows,
             f"{train.microbatches} microbatches, {rows // spec.mesh.num_devices} rows a device",
         ),
-        _count("steps", train.steps),
-        _count("total_tokens", total),
-        Fact("total_flops", float(flops), f"{flops:.3g}"),
-        _count("checkpoints", saves, f"every {train.checkpoint_every_steps} steps, {train.keep_checkpoints} kept"),
-    ]
+    )
     return (*facts, *(_routing(spec, tokens) if model.num_moe_layers else ()))
 
 
@@ -114,39 +93,16 @@ def _routing(spec: RunSpec, tokens: int) -> tuple[Fact, ...]:
     per_device = groups // spec.train.microbatches // spec.mesh.num_devices
     places = capacity * model.num_experts / (model.group_size * model.top_k)
     return (
-        _count(
+        count(
             "routing_groups_per_step",
             groups,
             f"of {model.group_size} tokens; {per_device} a device and microbatch",
         ),
-        _count(
+        count(
             "expert_capacity",
             capacity,
             f"tokens of a group; places for {min(places, 1):.1%} of all assignments",
         ),
-    )
-
-
-def _data(spec: RunSpec) -> tuple[Fact, ...]:
-    rows = spec.train.steps * spec.train.batch_rows
-    total_weight = sum(source.weight for source in spec.data.sources)
-    shards, facts = 0, []
-    for source in spec.data.sources:
-        share = source.weight / total_weight
-        text_tokens = share * rows * spec.data.seq_len * TEXT_SHARE_OF_ROW
-        shards += math.ceil(text_tokens / spec.data.group_tokens)
-        facts.append(
-            _count(
-                f"rows_{source.name}",
-                round(share * rows),
-                f"{share:.2%} of the rows, {_short(text_tokens)} tokens of text",
-            )
-        )
-    return (
-        _count("rows", rows, "steps x rows a step"),
-        *facts,
-        _count("expected_shards", shards, "estimate, at least: a source that ends before starts its next pass"),
-        _tokenizer(spec),
     )
 
 
@@ -183,11 +139,11 @@ def _memory(spec: RunSpec) -> tuple[Fact, ...]:
     activations = activation_bytes(model, rows=rows, seq_len=spec.data.seq_len)
     total = parameters + gradients + state + activations
     return (
-        _bytes("parameters", parameters, "estimate: float32, experts over the expert axis, the rest everywhere"),
-        _bytes("gradients", gradients, "estimate: float32; twice when summed over microbatches"),
-        _bytes("optimizer", state, "estimate: Adafactor's row and column moments"),
-        _bytes("activations", activations, f"estimate: {rows} rows of a microbatch, nothing recomputed"),
-        _bytes("total", total, "estimate, without what the compiler adds"),
+        num_bytes("parameters", parameters, "estimate: float32, experts over the expert axis, the rest everywhere"),
+        num_bytes("gradients", gradients, "estimate: float32; twice when summed over microbatches"),
+        num_bytes("optimizer", state, "estimate: Adafactor's row and column moments"),
+        num_bytes("activations", activations, f"estimate: {rows} rows of a microbatch, nothing recomputed"),
+        num_bytes("total", total, "estimate, without what the compiler adds"),
     )
 
 
@@ -237,26 +193,6 @@ def _devices(spec: RunSpec) -> tuple[Fact, ...]:
     hosts = f"{cluster.num_workers} workers with {cluster.devices_per_worker} {cluster.accelerator} devices"
     return (
         Fact("mesh", [mesh.data, mesh.expert], f"{mesh.data} x {mesh.expert}", f"data x expert; {hosts}"),
-        Fact("legal_devices", numbers, _listed(numbers), "same rows, groups and losses on each"),
+        Fact("legal_devices", numbers, listed(numbers), "same rows, groups and losses on each"),
         Fact("legal_meshes", [list(m) for m in legal], here, f"data x expert, on {mesh.num_devices} devices"),
     )
-
-
-def _count(key: str, value: int, note: str = "") -> Fact:
-    short = f" ({_short(value)})" if value >= 1_000_000 else ""
-    return Fact(key, value, f"{value:,}{short}", note)
-
-
-def _bytes(key: str, value: int, note: str) -> Fact:
-    return Fact(key, value, f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB", note)
-
-
-def _short(value: float) -> str:
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {letter}"
-    return f"{value:.0f}"
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values)) or "none"

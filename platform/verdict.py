@@ -6,7 +6,7 @@ hides another: a process that lost its peer is a consequence, so any first-hand 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ Cause = Literal[
     "damaged_checkpoint",
     "superseded",
     "operator",
+    "cluster_lost",
     "unknown",
 ]
 FailureKind = Literal[
@@ -30,6 +31,7 @@ FailureKind = Literal[
     "bad_numbers",
     "out_of_memory",
     "raised",
+    "hung",
     "process_died",
     "lost_peer",
     "start_timeout",
@@ -44,6 +46,7 @@ CAUSE_OF_KIND: dict[FailureKind, Cause] = {
     "bad_numbers": "bad_numbers",
     "out_of_memory": "out_of_memory",
     "raised": "bad_code",
+    "hung": "hang",
     "process_died": "host_fault",
     "start_timeout": "host_fault",
     "lost_peer": "host_fault",
@@ -67,27 +70,64 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine that held workers of the group, as it was found after the end.
+
+    Attributes:
+      name: the provider's, such as slice-a-0; else its address.
+      slice: the unit that the provider takes and gives; "" for a machine by itself.
+      ranks: the workers it held.
+      alive: its Ray node still answers.
+      provider_state: what the provider's record says (RUNNING, PREEMPTED, STOPPED); "" where there is no record.
+      since_s: when the record was written, Unix time; 0 without one.
+    """
+
+    name: str
+    slice: str
+    ranks: tuple[int, ...]
+    alive: bool
+    provider_state: str = ""
+    since_s: float = 0.0
+
+    @property
+    def lost(self) -> bool:
+        """It can hold no worker any more."""
+        return not self.alive or self.provider_state not in ("", "RUNNING")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """All that is known about the end of one incarnation.
+    """All that is known about the end of one incarnation, or of a whole attempt.
 
     Attributes:
       failures: one per failed worker.
-      preempted_ranks: ranks whose hosts the provider or Ray announced as preempted.
-      operator_stop: somebody asked for the stop (Ctrl-C, `ray job stop`).
+      preempted_ranks: ranks whose hosts Ray announced as preempted.
+      hosts: the machines that held the workers.
+      operator_stop: somebody asked for the stop (Ctrl-C, `ray job stop`, `openmoe jobs cancel`).
+      cluster_lost: the cluster went away as a whole; nothing is known about its workers.
     """
 
     failures: tuple[Failure, ...] = ()
     preempted_ranks: tuple[int, ...] = ()
+    hosts: tuple[Host, ...] = ()
     operator_stop: bool = False
+    cluster_lost: bool = False
+
+    @property
+    def evicted_ranks(self) -> frozenset[int]:
+        """Ranks whose machine was taken back, by Ray's notice or by the provider's record."""
+        recorded = (rank for host in self.hosts if host.provider_state == "PREEMPTED" for rank in host.ranks)
+        return frozenset(self.preempted_ranks) | frozenset(recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One cause, with the reason in words and the trace that shows it."""
+    """One cause, with the reason in words, the trace that shows it, and the sentences it rests on."""
 
     cause: Cause
     reason: str
     trace: str = ""
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,29 +144,59 @@ def diagnose(evidence: Evidence) -> Verdict:
     A preemption explains the deaths of its own ranks and the lost peers of the others, never an exception
     that a worker raised by itself.
     """
+    said = tuple(_sentences(evidence))
     if evidence.operator_stop:
-        return Verdict(cause="operator", reason="stopped on request")
+        return Verdict(cause="operator", reason="stopped on request", evidence=said)
     by_kind = {kind: [f for f in evidence.failures if f.kind == kind] for kind in CAUSE_OF_KIND}
     for kind, cause in CAUSE_OF_KIND.items():
         failures = by_kind[kind]
         if not failures:
             continue
-        if cause == "host_fault" and _preemption_explains(evidence):
+        if cause in ("host_fault", "unknown") and (evidence.cluster_lost or _eviction_explains(evidence)):
             break
-        first = failures[0]
-        return Verdict(cause=cause, reason=_reason(kind, failures), trace=first.text)
-    if evidence.preempted_ranks:
-        ranks = ", ".join(map(str, evidence.preempted_ranks))
-        return Verdict(cause="preemption", reason=f"the hosts of ranks {ranks} were preempted")
-    return Verdict(cause="unknown", reason="the worker group ended and left no evidence")
+        return Verdict(cause=cause, reason=_reason(kind, failures, evidence), trace=failures[0].text, evidence=said)
+    if _eviction_explains(evidence):
+        return Verdict(cause="preemption", reason=_eviction(evidence), evidence=said)
+    if evidence.cluster_lost:
+        return Verdict(cause="cluster_lost", reason="the Ray cluster went away", evidence=said)
+    return Verdict(cause="unknown", reason="it ended and left no evidence", evidence=said)
 
 
-def _preemption_explains(evidence: Evidence) -> bool:
+def _eviction_explains(evidence: Evidence) -> bool:
+    """Returns whether every process that died did so because its machine, or the coordinator's, was taken back.
+
+    Rank 0 holds the coordinator: when it goes, JAX aborts the processes of all other ranks.
+    """
+    evicted = evidence.evicted_ranks
     dead = {f.rank for f in evidence.failures if f.kind == "process_died"}
-    return bool(evidence.preempted_ranks) and dead <= set(evidence.preempted_ranks)
+    return bool(evicted) and (dead <= evicted or 0 in evicted)
 
 
-def _reason(kind: FailureKind, failures: Sequence[Failure]) -> str:
+def _eviction(evidence: Evidence) -> str:
+    slices = sorted({host.slice or host.name for host in evidence.hosts if set(host.ranks) & evidence.evicted_ranks})
+    ranks = ", ".join(map(str, sorted(evidence.evicted_ranks)))
+    if not slices:
+        return f"the hosts of ranks {ranks} were preempted"
+    return f"{', '.join(slices)} {'was' if len(slices) == 1 else 'were'} preempted (ranks {ranks})"
+
+
+def _sentences(evidence: Evidence) -> Iterator[str]:
+    """What was seen, machine by machine and worker by worker, in the order of the ranks."""
+    if evidence.preempted_ranks:
+        yield f"Ray announced the preemption of ranks {', '.join(map(str, sorted(evidence.preempted_ranks)))}"
+    for host in sorted(evidence.hosts, key=lambda host: host.ranks):
+        if host.lost:
+            ranks = f"ranks {', '.join(map(str, host.ranks))}" if host.ranks else "no rank"
+            record = f", the provider's record says {host.provider_state}" if host.provider_state else ""
+            yield f"{host.name} ({ranks}) {'still answers' if host.alive else 'is gone'}{record}"
+    for failure in sorted(evidence.failures, key=lambda failure: failure.rank):
+        last_line = (failure.text.strip().splitlines() or [""])[-1]
+        who = f"rank {failure.rank}" if failure.rank >= 0 else "Ray Train"
+        yield f"{who}: {failure.kind.replace('_', ' ')}: {last_line[:300]}"
+
+
+def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) -> str:
+    gone = ", ".join(host.name for host in evidence.hosts if host.lost)
     ranks = ", ".join(str(f.rank) for f in failures)
     last_line = (failures[0].text.strip().splitlines() or [""])[-1]
     return {
@@ -136,8 +206,9 @@ def _reason(kind: FailureKind, failures: Sequence[Failure]) -> str:
         "bad_numbers": f"the loss is not finite: {last_line}",
         "out_of_memory": f"rank {ranks} ran out of memory",
         "raised": f"rank {ranks} raised: {last_line}",
-        "process_died": f"the process of rank {ranks} died",
-        "lost_peer": f"rank {ranks} lost a peer that left no trace",
+        "hung": f"rank {ranks} made no progress: {last_line}",
+        "process_died": f"the process of rank {ranks} died" + (f" with its host {gone}" if gone else ""),
+        "lost_peer": f"rank {ranks} lost a peer" + (f": {gone} is gone" if gone else " that left no trace"),
         "start_timeout": f"the worker group did not start: {last_line}",
         "controller": f"Ray Train's controller failed: {last_line}",
     }[kind]

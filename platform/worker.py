@@ -19,10 +19,19 @@ from openmoe.platform.spec import RunSpec
 
 
 class ProgressBoard:
-    """Holds the newest step's record until the driver fetches it."""
+    """Holds where the workers are, and the newest step's record until the driver fetches it."""
 
     def __init__(self) -> None:
         self._newest: dict[str, Any] | None = None
+        self._nodes: dict[int, str] = {}
+
+    def place(self, rank: int, node_id: str) -> None:
+        """Keeps the Ray node on which a worker runs."""
+        self._nodes[rank] = node_id
+
+    def placements(self) -> dict[int, str]:
+        """Returns the Ray node id of each rank that said so."""
+        return self._nodes
 
     def put(self, record: dict[str, Any]) -> None:
         """Replaces the record."""
@@ -47,23 +56,29 @@ def work(config: dict[str, Any]) -> None:
       config: "spec" (JSON of the RunSpec), "claim" (fields of the Claim), "manifest" (path), "board" (handle of a
         ProgressBoard).
     """
+    import jax
+
     from openmoe.platform import train_loop
 
+    node_id = ray.get_runtime_context().get_node_id()
+    ray.get(config["board"].place.remote(jax.process_index(), node_id))
     spec = RunSpec.model_validate_json(config["spec"])
-    run, gauges = RunDir(spec.run_dir), StepGauges(spec)
+    run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
+    gauges = StepGauges(spec, claim)
 
     def report(record: dict[str, Any]) -> None:
         config["board"].put.remote({key: record[key] for key in ("step", "loss", "step_s")})
         gauges.set(record)
 
-    train_loop.train(spec, run, Claim(**config["claim"]), config["manifest"], report)
+    train_loop.train(spec, run, claim, config["manifest"], report)
 
 
 class StepGauges:
     """The figures of the newest step as Ray metrics, tagged with the run's name."""
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, claim: Claim) -> None:
         self._tokens = spec.train.batch_rows * spec.data.seq_len
+        self._total_steps, self._incarnation = spec.train.total_steps, claim.incarnation
 
         def gauge(name: str, description: str, *tags: str) -> Gauge:
             metric = Gauge(f"openmoe_{name}", description=description, tag_keys=("run", *tags))
@@ -71,7 +86,10 @@ class StepGauges:
             return metric
 
         self._step = gauge("step", "Optimizer steps completed")
+        self._last_step = gauge("last_step", "Optimizer steps of the whole run")
+        self._newest_incarnation = gauge("incarnation", "Worker group of the run that took the newest step")
         self._loss = gauge("loss", "Cross-entropy per loss-carrying token of the newest step, nats")
+        self._grad_norm = gauge("grad_norm", "Norm of the newest step's gradients")
         self._tokens_per_s = gauge("tokens_per_s", "Tokens per second of the newest step, padding included")
         self._drop_fraction = gauge("drop_fraction", "Share of expert choices that found their expert full")
         self._expert_load = gauge(
@@ -81,7 +99,10 @@ class StepGauges:
     def set(self, record: dict[str, Any]) -> None:
         """Takes over the record of a step."""
         self._step.set(record["step"])
+        self._last_step.set(self._total_steps)
+        self._newest_incarnation.set(self._incarnation)
         self._loss.set(record["loss"])
+        self._grad_norm.set(record["grad_norm"])
         self._tokens_per_s.set(self._tokens / max(record["step_s"], 1e-9))
         if "expert_load" not in record:
             return  # a dense model

@@ -178,12 +178,17 @@ def scaling_config(cluster: ClusterConfig) -> ScalingConfig:
 
 
 def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
-    """Returns the environment of the workers: which JAX platform, and on CPU how many virtual devices."""
-    platform = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[cluster.accelerator]
-    environment = {"JAX_PLATFORMS": platform}
-    if cluster.accelerator == "cpu":
-        environment["JAX_NUM_CPU_DEVICES"] = str(cluster.devices_per_worker)
-    return environment
+    """Returns the environment of the workers: which JAX platform, and on CPU how many virtual devices.
+
+    A TPU host decides for itself: JAX finds its chips, and a fake host says that its devices are virtual.
+    """
+    match cluster.accelerator:
+        case "cpu":
+            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cluster.devices_per_worker)}
+        case "gpu":
+            return {"JAX_PLATFORMS": "cuda"}
+        case "tpu":
+            return {}
 
 
 # Words of JAX's own errors when the other side of a collective, or the coordinator, has gone.

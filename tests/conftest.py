@@ -1,8 +1,12 @@
 """What all tests share: a local Ray, a GCS emulator, a cache of compiled programs, eight virtual devices."""
 
 import os
+import re
+import shutil
 import socket
+import struct
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -72,3 +76,124 @@ def ray_local():
     ray.init(**local_ray.init_arguments(num_cpus=2, object_store_bytes=150_000_000))
     yield ray
     ray.shutdown()
+
+
+def _crc32c(data):
+    """The checksum of event files, bit by bit from its definition (RFC 3720: reversed polynomial 0x82F63B78)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def _events(data):
+    """The events of one TensorBoard file, read without the code that writes them; a torn or damaged file fails."""
+    from tensorboardX.proto import event_pb2
+
+    def checked(size):
+        nonlocal at
+        part, crc = data[at : at + size], _crc32c(data[at : at + size])
+        masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+        at += size + 4
+        assert data[at - 4 : at] == struct.pack("<I", masked)
+        return part
+
+    at = 0
+    while at < len(data):
+        [length] = struct.unpack("<Q", checked(8))
+        yield event_pb2.Event.FromString(checked(length))
+
+
+@pytest.fixture(scope="session")
+def event_files():
+    """Returns the function that reads a folder of event files, local or gs://: their events, file by file."""
+    from openmoe.pipelines import storage
+
+    def read(folder):
+        names = storage.list_files(folder)
+        return {name: list(_events(storage.read_bytes(storage.join(folder, name)))) for name in names}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def curves(event_files):
+    """Returns the function that gives the curves TensorBoard draws from a folder: {tag: {step: value}}."""
+
+    def read(folder):
+        drawn = {}
+        for event in (event for events in event_files(folder).values() for event in events):
+            if event.HasField("session_log"):  # a restart: what was done from this step on counts no more
+                drawn = {tag: {s: v for s, v in curve.items() if s < event.step} for tag, curve in drawn.items()}
+            for value in event.summary.value:
+                curve = drawn.setdefault(value.tag, {})
+                assert event.step not in curve, f"{value.tag}: step {event.step} twice"
+                curve[event.step] = value.simple_value
+        return drawn
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def start_dashboard():
+    """Returns a function that starts `openmoe dashboard` in a process of its own: (address, token)."""
+    processes = []
+
+    def start(folder, home):
+        environment = os.environ | {"OPENMOE_HOME": str(home)}
+        environment.pop("OPENMOE_DASHBOARD_TOKEN", None)
+        command = [sys.executable, "-m", "openmoe.platform", "dashboard", str(folder), "--port", "0"]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+        line = processes[-1].stdout.readline()
+        found = re.fullmatch(r"dashboard  (http://127\.0\.0\.1:\d+)/\?token=(\S{32})\n", line)
+        assert found, line
+        return found[1], found[2]
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium; where there is none the test is skipped, and in CI it fails."""
+    path = shutil.which("chromium-headless-shell")
+    if path is None:
+        missing = "no chromium-headless-shell: apt-get install --no-install-recommends chromium-headless-shell"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("background-networking", "component-update", "sync", "dev-shm-usage", "gpu", "quic")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def browse(chromium):
+    """Returns a function that opens an address; a page that complains or asks another server fails the test."""
+    complaints, contexts = [], []
+
+    def watch(page, origin):
+        page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("response", lambda answer: answer.status >= 400 and complaints.append(f"{answer.status} {answer.url}"))
+        page.on("request", lambda request: request.url.startswith(origin) or complaints.append(f"asks {request.url}"))
+
+    def open_page(address, **options):
+        contexts.append(chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options))
+        page = contexts[-1].new_page()
+        server = "/".join(address.split("/")[:3]) + "/"
+        watch(page, address if address.startswith("file:") else server)
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []

@@ -26,7 +26,7 @@ ALLOWED = {
         "zstandard",
         "ray",
     },
-    "clusters": {"yaml", "pydantic"},
+    "clusters": {"yaml", "pydantic", "psutil"},
 }
 CONFIG_MODULES = (
     "openmoe.model.config",
@@ -34,6 +34,10 @@ CONFIG_MODULES = (
     "openmoe.pipelines.config",
     "openmoe.platform.cli",
     "openmoe.platform.spec",
+    "openmoe.platform.job_store",
+    "openmoe.platform.cron",
+    "openmoe.clusters.spec",
+    "openmoe.clusters.twin",
 )
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 
@@ -69,9 +73,10 @@ def test_folder_imports_only_what_the_design_allows(folder):
                 assert top in allowed, f"{path}: imports {name}"
 
 
-def test_ray_train_and_ray_data_are_each_called_in_one_file():
+def test_ray_train_ray_data_and_ray_jobs_are_each_called_in_one_file():
     assert files_importing("ray.train") == {"platform/worker_group.py"}
     assert files_importing("ray.data") == {"pipelines/build.py"}
+    assert files_importing("ray.job_submission", "ray.dashboard") == {"platform/ray_jobs.py"}
 
 
 def test_nothing_imports_the_internals_of_ray():

@@ -1,6 +1,7 @@
 """The real command on a small run in a process of its own, and the means to kill parts of it."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from openmoe.clusters import processes, twin_state
+from openmoe.clusters import twin as twin_module
+from openmoe.clusters.spec import ClusterSpec
 from openmoe.pipelines import stdlib_corpus
 from openmoe.platform.run_dir import RunDir
 
@@ -61,6 +65,7 @@ class Trainer:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment,
+            start_new_session=True,  # a group of its own, as a terminal gives it
         )
 
     def finish(self, timeout_s: float = 240) -> str:
@@ -100,6 +105,17 @@ class Trainer:
         _, alive = psutil.wait_procs(below, timeout=60)
         assert not alive, [" ".join(p.cmdline()) for p in alive]
 
+    def stop(self, number: signal.Signals) -> str:
+        """Asks the run to stop (Ctrl-C reaches all processes of a terminal, SIGTERM one); returns what was printed."""
+        below = self.descendants()
+        assert len(self.descendants("RayTrainWorker")) == 2
+        (os.killpg if number == signal.SIGINT else os.kill)(self.process.pid, number)
+        output, _ = self.process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(below, timeout=30)
+        assert not alive, [" ".join(p.cmdline()) for p in alive]
+        assert self.process.returncode == 1, output
+        return output
+
     def kill_everything(self) -> None:
         for process in [*self.descendants(), psutil.Process(self.process.pid)]:
             with contextlib.suppress(psutil.Error):
@@ -120,6 +136,12 @@ def run_file(tmp_path_factory):
     path = folder / "run.yaml"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def new_trainer(run_file):
+    """Returns the function that gives a Trainer in any run directory; whoever starts it ends it."""
+    return functools.partial(Trainer, run_file)
 
 
 @pytest.fixture
@@ -144,3 +166,63 @@ def undisturbed(run_file, tmp_path_factory):
     trainer.start()
     trainer.finish()
     return trainer.run
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A cluster of two slices with two hosts each, kept in a home of its own, and the means to break it."""
+
+    home: Path
+    spec: ClusterSpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def state_dir(self) -> Path:
+        return self.home / "clusters" / self.name
+
+    def up(self) -> list[str]:
+        """Starts what does not run; returns what was said."""
+        said = []
+        twin_module.up(self.spec, self.state_dir, said.append)
+        return said
+
+    def states(self) -> dict[str, str]:
+        return {each.name: each.state for each in twin_module.status(self.state_dir).slices}
+
+    def processes(self, node: str = "", words: str = "") -> list[psutil.Process]:
+        """Live processes of the nodes whose name starts with `node` (all: ""), and whose command line has `words`."""
+        ours = f"{twin_state.load(self.state_dir).temp_dir.name}/{node}"
+        found = []
+        for process in processes.marked(lambda mark: mark.startswith(ours)):
+            with contextlib.suppress(psutil.Error):
+                if words in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill_host(self, name: str) -> None:
+        """A machine dies: all of its processes, at once."""
+        twin_state.load(self.state_dir).kill([name])
+
+    def environment(self) -> dict[str, str]:
+        """What a program needs to join the cluster as a driver."""
+        connection = twin_module.connection(self.state_dir)
+        joined = {"RAY_ADDRESS": connection.gcs_address, "RAY_AUTH_TOKEN": connection.token_file.read_text()}
+        return {**os.environ, **joined, "RAY_AUTH_MODE": "token"}
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """A running twin, taken down when the module is done."""
+    home = tmp_path_factory.mktemp("home")
+    spec = ClusterSpec(name="twin", provider="twin", accelerator="v4", topology="2x2x2", slices=2)
+    made = Twin(home, spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENMOE_HOME", str(home))  # of the head's jobs too
+        try:
+            made.up()
+            yield made
+        finally:
+            twin_module.down(made.state_dir, print)

@@ -5,7 +5,7 @@ import pytest
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
-def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer, undisturbed, gcs):
+def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer, undisturbed, gcs, curves):
     run = trainer("unused", f"data_dir={gcs}/data")
     run.run_dir = f"{gcs}/run"
     run.start()
@@ -17,5 +17,6 @@ def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer
     assert [r["rows"] for r in ours] == [r["rows"] for r in theirs]
     assert [r["batch_checksum"] for r in ours] == [r["batch_checksum"] for r in theirs]
     assert [r["loss"].hex() for r in ours] == [r["loss"].hex() for r in theirs]
+    assert curves(run.run.at("tensorboard"))["loss/cross_entropy"] == {r["step"]: r["loss"] for r in theirs}
     assert [c.incarnation for c in run.run.claims()] == [1, 2]
     assert run.run.finished()["steps"] == 60

@@ -1,5 +1,6 @@
 """Whatever is killed, the same command goes on with the very next row, and with the same bits."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,15 @@ def ends(run):
     return [(e["cause"], e["decision"]["action"]) for e in run.events() if e["event"] == "ended"]
 
 
+def assert_it_ended_in_one_line(run, output):
+    """What an operator's stop looks like: its cause in the journal, a last line that says how to go on, no trace."""
+    assert ends(run.run) == [("operator", "stop")]
+    assert "Traceback" not in output
+    assert output.splitlines()[-1] == (
+        f"stopped on request; the same command goes on from the last checkpoint in {run.run_dir}"
+    )
+
+
 def test_an_undisturbed_run_reads_every_row_once(undisturbed):
     assert_every_row_once(undisturbed)
     assert len(undisturbed.claims()) == 1
@@ -44,7 +54,7 @@ def test_a_killed_worker_is_replaced_by_the_driver_and_the_bits_are_the_same(tra
     assert bits(run.run) == bits(undisturbed)
 
 
-def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits(trainer, undisturbed):
+def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits_and_curves(trainer, undisturbed, curves):
     run = trainer()
     run.start()
     run.wait_for_acceptance(1)
@@ -58,13 +68,17 @@ def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits(tr
     assert_every_row_once(run.run)
     assert bits(run.run) == bits(undisturbed)
     assert run.run.newest_accepted().ledger_head == undisturbed.newest_accepted().ledger_head
+    drawn = curves(run.run.at("tensorboard"))
+    assert drawn["loss/cross_entropy"] == {r["step"]: r["loss"] for r in undisturbed.trace()}
 
 
-def test_another_number_of_processes_goes_on_with_the_same_rows_and_losses_to_1e_4(trainer, undisturbed, capsys):
+def test_after_ctrl_c_another_number_of_processes_goes_on_with_the_same_rows_and_losses_to_1e_4(
+    trainer, undisturbed, capsys
+):
     run = trainer()
     run.start()
     run.wait_for_acceptance(2)
-    run.kill_everything()
+    assert_it_ended_in_one_line(run, run.stop(signal.SIGINT))
     run.overrides = ("cluster.num_workers=1", "cluster.devices_per_worker=4")
     run.start()
     run.finish()
@@ -80,11 +94,11 @@ def test_another_number_of_processes_goes_on_with_the_same_rows_and_losses_to_1e
     assert difference <= 1e-4
 
 
-def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(trainer, undisturbed):
+def test_after_sigterm_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(trainer, undisturbed):
     run = trainer()
     run.start()
     run.wait_for_acceptance(3)
-    run.kill_everything()
+    assert_it_ended_in_one_line(run, run.stop(signal.SIGTERM))
     newest = run.run.newest_accepted()
     largest = max(
         (p for p in Path(run.run.at(newest.checkpoint)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
@@ -95,6 +109,6 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(train
     run.start()
     run.finish()
     assert run.run.quarantined() == [newest.number]
-    assert ends(run.run) == [("damaged_checkpoint", "retry")]
+    assert ends(run.run) == [("operator", "stop"), ("damaged_checkpoint", "retry")]
     assert_every_row_once(run.run)
     assert bits(run.run) == bits(undisturbed)

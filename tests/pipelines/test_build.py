@@ -12,6 +12,7 @@ from openmoe.pipelines import build as builder
 from openmoe.pipelines import shards, stdlib_corpus, storage, token_cache
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 from openmoe.pipelines.loader import Loader
+from openmoe.pipelines.passes import Passes
 from openmoe.pipelines.storage import StorageError
 
 FORMATS = {
@@ -74,7 +75,7 @@ def test_a_build_that_lost_receipts_and_holds_torn_files_ends_in_the_same_bytes(
     for finished in (*copied.rglob("pass.json"), *copied.rglob("manifests/*.json")):
         finished.unlink()
     (copied / "tokens/.half.json.99.tmp").write_bytes(b"{")
-    builder.build(config(corpus), str(copied), min_rows=700, num_workers=1)
+    builder.build(config(corpus), str(copied), min_rows=700, place=builder.Workplace(num_workers=1))
     assert tree(copied) == whole
 
 
@@ -123,9 +124,10 @@ def test_rows_follow_the_weights_and_come_from_the_source_that_is_named(built, t
 def test_each_pass_holds_every_token_of_every_document_once_with_its_own_noise(built):
     manifest = built[1]
     sizes = [unit["tokens"] for unit in manifest.sources[0].units]
-    assert len(manifest.finished_passes(0)) >= 2
+    finished = Passes(manifest).groups[0]
+    assert len(finished) >= 2
     records = []
-    for number, groups in enumerate(manifest.finished_passes(0)[:2]):
+    for number, groups in enumerate(finished[:2]):
         assert len(groups) > 1
         held = np.zeros(len(sizes), np.int64)
         records.append([])

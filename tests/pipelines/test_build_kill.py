@@ -56,5 +56,5 @@ def test_a_build_killed_in_mid_stage_goes_on_and_ends_in_the_same_bytes(ray_loca
 
     killed = tree(data)
     assert set(killed) < set(tree(whole))
-    builder.build(config(str(corpus)), str(data), min_rows=300, num_workers=1)
+    builder.build(config(str(corpus)), str(data), min_rows=300, place=builder.Workplace(num_workers=1))
     assert tree(data) == tree(whole)

@@ -1,9 +1,11 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.pipelines.mixture import WINDOW_ROWS, Mixture, block_counts, shuffle_pass
+from openmoe.pipelines.mixture import WINDOW_ROWS, Mixture, Stage, block_counts, one_stage, shuffle_pass
 from openmoe.pipelines.permute import Permutation, key
 
 
@@ -40,16 +42,77 @@ def test_remainders_go_to_the_largest():
 @settings(deadline=None, max_examples=40)
 def test_every_block_holds_the_exact_proportions_and_each_source_row_once(weights, block, seed):
     counts = block_counts(weights, 400)
-    source, row = Mixture(weights, seed, 400).locate(block * 400, (block + 1) * 400)
+    source, row = Mixture(one_stage(weights), seed, 400).locate(block * 400, (block + 1) * 400)
     assert np.bincount(source, minlength=len(weights)).tolist() == counts.tolist()
     for index, count in enumerate(counts):
         assert row[source == index].tolist() == list(range(block * count, (block + 1) * count))
 
 
+@pytest.mark.parametrize(
+    ("weights", "lo", "hi", "sources", "rows", "digest"),
+    [
+        ([1, 2, 2, 5], 0, 10_000, [1, 3, 2, 3, 1, 3], [0, 0, 0, 1, 1, 2], "5fed1b03216447e1"),
+        ([15, 4.5, 2, 2.5, 4.5, 4.5, 67, 100], 10**9, 10**9 + 5000, [7, 6, 6, 3, 7, 7],
+         [500000000, 335000000, 335000001, 12500000, 500000001, 500000002], "372cfa9c16696fe9"),
+    ],
+    ids=["quickstart", "openmoe-8b"],
+)  # fmt: skip
+def test_a_mixture_without_stages_stays_what_it_always_was(weights, lo, hi, sources, rows, digest):
+    source, row = Mixture(one_stage(weights), 0).locate(lo, hi)
+    assert (source[:6].tolist(), row[:6].tolist()) == (sources, rows)
+    assert hashlib.sha256(source.tobytes() + row.tobytes()).hexdigest()[:16] == digest
+
+
+@st.composite
+def stages(draw):
+    num_sources = draw(st.integers(1, 4))
+    weights = st.lists(st.integers(0, 20), min_size=num_sources, max_size=num_sources).filter(any)
+    ends = sorted(draw(st.sets(st.integers(1, 3000), max_size=4)))
+    return [Stage(end, draw(weights)) for end in [*ends, None]]
+
+
+@given(stages=stages(), seed=st.integers(0, 99), beyond=st.integers(1, 900))
+@settings(deadline=None, max_examples=60)
+def test_over_all_stages_each_source_is_read_row_after_row_in_the_exact_proportions(stages, seed, beyond):
+    mixture = Mixture(stages, seed, 400)
+    last = ([0] + [stage.end for stage in stages if stage.end])[-1] + beyond
+    source, row = mixture.locate(0, last)
+    for index in range(len(stages[0].weights)):
+        assert row[source == index].tolist() == list(range((source == index).sum()))
+    start = 0
+    for stage in stages:
+        for block in range(start, min(stage.end or last, last) - 399, 400):
+            counts = np.bincount(source[block : block + 400], minlength=len(stage.weights))
+            assert counts.tolist() == block_counts(stage.weights, 400).tolist()
+        start = stage.end or last
+
+
+@given(stages=stages(), seed=st.integers(0, 99), num_rows=st.integers(1, 4000))
+@settings(deadline=None, max_examples=60)
+def test_in_stages_too_the_rows_needed_are_exactly_those_that_serve(stages, seed, num_rows):
+    mixture = Mixture(stages, seed, 400)
+    source, _ = mixture.locate(0, num_rows)
+    needed = mixture.rows_needed(num_rows)
+    assert needed.tolist() == np.bincount(source, minlength=len(needed)).tolist()
+    available = mixture.rows_available(needed)
+    assert available == num_rows
+    plenty = needed + 1000 * (np.arange(len(needed)) != mixture.locate(num_rows, num_rows + 1).source[0])
+    assert mixture.rows_available(plenty) == num_rows
+
+
+def test_a_stage_changes_the_mixture_at_its_row_and_every_source_goes_on():
+    mixture = Mixture([Stage(6, [1, 0]), Stage(8, [0, 1]), Stage(None, [1, 1])], 0, 4)
+    source, row = mixture.locate(0, 16)
+    assert source[:8].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert row[:8].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert sorted(zip(source[8:12].tolist(), row[8:12].tolist(), strict=True)) == [(0, 6), (0, 7), (1, 2), (1, 3)]
+    assert [mixture.rows_needed(n).tolist() for n in (6, 8, 12)] == [[6, 0], [6, 2], [8, 4]]
+
+
 @given(lo=st.integers(0, 5000), size=st.integers(1, 900), cut=st.integers(0, 900))
 @settings(deadline=None, max_examples=40)
 def test_a_row_does_not_depend_on_the_range_it_was_asked_in(lo, size, cut):
-    mixture = Mixture([5, 3, 2], 1, 400)
+    mixture = Mixture(one_stage([5, 3, 2]), 1, 400)
     whole = mixture.locate(lo, lo + size)
     middle = lo + min(cut, size - 1) + 1
     parts = [mixture.locate(lo, middle)] + ([mixture.locate(middle, lo + size)] if middle < lo + size else [])
@@ -59,7 +122,7 @@ def test_a_row_does_not_depend_on_the_range_it_was_asked_in(lo, size, cut):
 
 @pytest.mark.parametrize("num_rows", [1, 399, 400, 401, 1999, 4000])
 def test_the_rows_needed_are_exactly_those_that_serve(num_rows):
-    mixture = Mixture([5, 3, 2], 1, 400)
+    mixture = Mixture(one_stage([5, 3, 2]), 1, 400)
     needed = mixture.rows_needed(num_rows)
     assert needed.sum() == num_rows
     assert mixture.rows_available(needed) == num_rows

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmoe.model.config import PRESETS, ModelConfig, OptimizerConfig
-from openmoe.pipelines.config import DataConfig, SourceConfig
+from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
 from openmoe.platform import spec, spec_sections, spec_source, spec_yaml
 
-SHIPPED = ("openmoe_8b", "quickstart")
+SHIPPED = ("openmoe_8b", "quickstart", "twin")
 
 
 def test_every_shipped_run_file_is_known_by_its_name():
-    assert tuple(spec_source.shipped_runs()) == SHIPPED
+    assert tuple(spec_source.RUN_FILE.shipped()) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -36,7 +36,7 @@ def test_a_spec_travels_to_the_workers_as_json(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_run_file_opens_with_command_hardware_time_and_loss(name):
-    source = spec_source.read(name)
+    source = spec_source.read(name, spec_source.RUN_FILE)
     with open(source.where) as file:
         header = re.match(r"(#.*\n)+", file.read())[0]
     assert f"openmoe train {name}" in header
@@ -152,7 +152,7 @@ def test_the_json_schema_accepts_what_load_accepts(name):
     schema = spec.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    with open(spec_source.read(name).where) as file:
+    with open(spec_source.read(name, spec_source.RUN_FILE).where) as file:
         validator.validate(yaml.safe_load(file))
     validator.validate(yaml.safe_load(spec.dump(spec.load(name))))
 
@@ -161,7 +161,7 @@ def test_the_json_schema_accepts_what_load_accepts(name):
     ("section", "key"), [("train", "stps"), ("data", "seed"), ("model", "layers"), ("cluster", "gpus")]
 )
 def test_the_json_schema_refuses_unknown_keys(section, key):
-    with open(spec_source.read("quickstart").where) as file:
+    with open(spec_source.read("quickstart", spec_source.RUN_FILE).where) as file:
         values = yaml.safe_load(file)
     values[section][key] = 1
     with pytest.raises(jsonschema.ValidationError, match="Additional properties"):
@@ -184,14 +184,15 @@ def test_every_setting_is_described_for_the_editor():
 # and say in the commit why no existing setting will do.
 NUM_FIELDS = {
     spec.RunSpec: 12,
-    spec_sections.TrainConfig: 6,
+    spec_sections.TrainConfig: 7,
     spec_sections.MeshConfig: 2,
     spec_sections.ClusterConfig: 11,
-    spec_sections.BudgetsConfig: 7,
+    spec_sections.BudgetsConfig: 8,
     ModelConfig: 22,
     OptimizerConfig: 8,
-    DataConfig: 8,
+    DataConfig: 9,
     SourceConfig: 5,
+    StageConfig: 3,
 }
 
 

@@ -150,7 +150,7 @@ KEYS_AND_TYPES = {
         "5: model.n_layers: unknown key; did you mean `num_layers`?",
     ),
     "unknown section": ("mesh:\n", "zzz: 1\nmesh:\n", f"17: zzz: unknown key; known: {TOP}"),
-    "missing key": ("  steps: 100\n", "", "13: train.steps: missing; add `steps:` to `train`"),
+    "missing key": ("  steps: 100\n", "", "13: train.steps: missing; add `steps:` or `epochs:` to `train`"),
     "missing section": ("name: tiny\n", "", " name: missing; add `name:` to the file"),
     "second seed": (
         "seq_len: 512\n",
@@ -160,7 +160,7 @@ KEYS_AND_TYPES = {
     "empty value": (
         "steps: 100\n",
         "steps:\n",
-        "14: train.steps: expected an integer, got nothing; write a value after the colon",
+        "14: train.steps: missing; add `steps:` or `epochs:` to `train`",
     ),
     "text for a number": (
         "steps: 100\n",
@@ -295,9 +295,96 @@ COMBINATIONS = {
 }
 
 
+TWO_SOURCES = """\
+  sources:
+    - {name: wikipedia, format: redpajama, paths: [w/*.jsonl]}
+    - {name: the-stack, format: the_stack, paths: [s/*.parquet]}
+  stages:
+"""
+
+
+def stages(*lines):
+    """The sources of GOOD and instead of them two without weights, with `lines` as the stages from line 12 on."""
+    old = GOOD[GOOD.index("  sources:") : GOOD.index("train:")]
+    return old, TWO_SOURCES + "".join(f"    - {{{line}}}\n" for line in lines)
+
+
+BOTH = "weights: {wikipedia: 1, the-stack: 1}"
+LENGTHS_AND_STAGES = {
+    "steps and epochs": (
+        "steps: 100\n",
+        "steps: 100\n  epochs: 2\n",
+        "15: train.epochs: a run has steps or epochs, got steps=100 too; remove one (or train.steps=null)",
+    ),
+    "no epoch": ("steps: 100\n", "epochs: 0\n", "14: train.epochs: must be > 0.0, got 0"),
+    "no weight and no stages": (
+        "      weight: 1\n",
+        "",
+        "9: data.sources.0.weight: missing; add `weight:` to the source",
+    ),
+    "weights in two places": (
+        "      weight: 1\n",
+        "      weight: 1\n  stages: [{weights: {wikipedia: 1}}]\n",
+        "12: data.sources.0.weight: the weights are in `stages`; remove this one",
+    ),
+    "a stage of an unknown source": (
+        *stages("weights: {wikipedai: 1}"),
+        "12: data.stages.0.weights: no source is named 'wikipedai'; the sources are wikipedia, the-stack",
+    ),
+    "a source in no stage": (
+        *stages("until_tokens: 512, weights: {wikipedia: 1}", "weights: {wikipedia: 2, the-stack: 0}"),
+        "8: data.sources: the-stack has no weight in any stage; give it one or leave it out",
+    ),
+    "a stage of nothing": (
+        *stages("until_tokens: 512, weights: {wikipedia: 0}", BOTH),
+        "12: data.stages.0.weights: at least one source needs a weight above 0, got none",
+    ),
+    "a negative weight": (
+        *stages("weights: {wikipedia: 1, the-stack: -1}"),
+        "12: data.stages.0.weights: the-stack must be at least 0, got -1.0",
+    ),
+    "a weight too small for a row": (
+        *stages("weights: {wikipedia: 1, the-stack: 0.0001}"),
+        "12: data.stages.0.weights: the-stack has weight 0.0001 of 1.0001, less than one row in 2000; "
+        "give it at least 0.00050005 or leave it out",
+    ),
+    "half a row": (
+        *stages(f"until_tokens: 1300, {BOTH}", BOTH),
+        "12: data.stages.0.until_tokens: must be whole rows of seq_len=512, such as 1024, got 1300",
+    ),
+    "stages that run backwards": (
+        *stages(f"until_tokens: 5120, {BOTH}", f"until_tokens: 1024, {BOTH}", BOTH),
+        "13: data.stages.1.until_tokens: must be > 5120, the end before it, got 1024",
+    ),
+    "a stage without an end before another": (
+        *stages(BOTH, BOTH),
+        "12: data.stages.0.until_tokens: missing; only the last stage has no end",
+    ),
+    "an end of the last stage": (
+        *stages(f"until_tokens: 5120, {BOTH}"),
+        "12: data.stages.0.until_tokens: the last stage goes on to the end of the run; remove it, got 5120",
+    ),
+    "an objective that is not known": (
+        *stages(f"objective: next_token, {BOTH}"),
+        "12: data.stages.0.objective: must be one of ul2; got 'next_token'",
+    ),
+    "an unknown key of a stage": (
+        *stages(f"until_token: 512, {BOTH}", BOTH),
+        "12: data.stages.0.until_token: unknown key; did you mean `until_tokens`?",
+    ),
+    "text for a stage's weight": (
+        *stages("weights: {wikipedia: much}"),
+        "12: data.stages.0.weights.wikipedia: expected a number, got 'much'",
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [pytest.param(*case, id=name) for name, case in (WORDS | KEYS_AND_TYPES | COMBINATIONS).items()],
+    [
+        pytest.param(*case, id=name)
+        for name, case in (WORDS | KEYS_AND_TYPES | COMBINATIONS | LENGTHS_AND_STAGES).items()
+    ],
 )
 def test_a_bad_setting_is_named_with_its_line_and_remedy(tmp_path, old, new, message):
     assert GOOD.count(old) == 1
@@ -309,8 +396,11 @@ def test_a_bad_setting_is_named_with_its_line_and_remedy(tmp_path, old, new, mes
 
 
 WHOLE_FILES = {
-    "empty": (b"", " the file is empty; start from `runs/quickstart.yaml`"),
-    "comments only": (b"# nothing\n", " the file is empty; start from `runs/quickstart.yaml`"),
+    "empty": (b"", " a run file is a mapping of settings, this is nothing; start from runs/quickstart.yaml"),
+    "comments only": (
+        b"# nothing\n",
+        " a run file is a mapping of settings, this is nothing; start from runs/quickstart.yaml",
+    ),
     "a list": (
         b"- a\n",
         " a run file is a mapping of settings, this is a list; start from runs/quickstart.yaml",
@@ -320,7 +410,7 @@ WHOLE_FILES = {
     "an open bracket": (b"paths: [a, b\nx: 1\n", "2: not YAML: did not find expected ',' or ']'; look at"),
     "an open quote": (b"name: 'a\n", "2: not YAML: found unexpected end of stream; look at this line"),
     "two colons": (b"a: b: c\n", "1: not YAML: mapping values are not allowed in this context; look at"),
-    "two documents": (b"a: 1\n---\nb: 2\n", "3: more than one document (`---`); a run file is one"),
+    "two documents": (b"a: 1\n---\nb: 2\n", "3: more than one document (`---`); keep one"),
     "an anchor": (b"a: &x 1\nb: 2\n", "1: anchors are not allowed; remove `&x`"),
     "an alias": (b"a: *x\n", "1: aliases are not allowed; write out what `*x` stands for"),
     "a tag": (b"a: !!python/object/apply:os.system [ls]\n", "1: tags are not allowed; remove `tag:yaml.org,"),
@@ -382,9 +472,9 @@ def test_a_flood_of_problems_is_cut_to_a_screenful(tmp_path):
     [
         (
             "missing.yaml",
-            "missing.yaml: no such file; give its path, or a shipped name (openmoe_8b, quickstart)",
+            "missing.yaml: no such file; give its path, or a shipped name (openmoe_8b, quickstart, twin)",
         ),
-        ("/tmp", "/tmp: no such file; give its path, or a shipped name (openmoe_8b, quickstart)"),
+        ("/tmp", "/tmp: no such file; give its path, or a shipped name (openmoe_8b, quickstart, twin)"),
         ("quikstart", "quikstart: no run file of this name is shipped; did you mean `quickstart`?"),
     ],
 )

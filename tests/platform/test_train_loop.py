@@ -83,7 +83,7 @@ def test_a_finished_run_leaves_its_result_and_a_page_that_needs_no_server(train,
     assert not re.search(r"(src|href)=.https?:", page)
 
 
-def test_a_second_incarnation_goes_on_with_the_next_row_and_the_same_bits(train):
+def test_a_second_incarnation_goes_on_with_the_next_row_and_the_same_bits_and_curves(train, curves):
     whole = train("whole")
     train("parts", "train.steps=4")
     parts = train("parts")
@@ -91,6 +91,10 @@ def test_a_second_incarnation_goes_on_with_the_next_row_and_the_same_bits(train)
     assert bits(parts) == bits(whole)
     assert parts.acceptances()[-1].ledger_head == whole.acceptances()[-1].ledger_head
     assert parts.acceptances()[-1].digest == whole.acceptances()[-1].digest
+    drawn, trace = curves(parts.at("tensorboard")), whole.trace()
+    assert drawn["loss/cross_entropy"] == {r["step"]: r["loss"] for r in trace}
+    assert drawn["optimizer/grad_norm"] == {r["step"]: r["grad_norm"] for r in trace}
+    assert drawn["expert_load/layer_0_largest"] == {r["step"]: max(r["expert_load"][0]) for r in trace}
 
 
 def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train, monkeypatch):

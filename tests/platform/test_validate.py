@@ -3,6 +3,9 @@
 import pytest
 
 from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.pipelines import manifest as manifests
+from openmoe.pipelines import passes, tokenizer
+from openmoe.pipelines.config import DataError
 from openmoe.platform import spec, validate
 from openmoe.platform.spec_checks import legal_meshes
 from openmoe.platform.spec_errors import SpecError
@@ -112,3 +115,82 @@ def test_a_dense_model_has_no_routing_to_explain():
     )
     assert ("step", "routing_groups_per_step") not in dense
     assert dense["parameters", "experts"] == 0
+
+
+STAGES = (
+    "data.stages=[{until_tokens: 4096000, weights: {c4: 3, the_stack: 1}}, "
+    "{until_tokens: 5120000, weights: {wikipedia: 1}}, {weights: {common_crawl: 1, c4: 1}}]",
+    *(f"data.sources.{index}.weight=null" for index in range(4)),
+)
+
+
+def test_each_stage_is_explained_with_its_steps_and_exact_rows():
+    staged = facts("quickstart", *STAGES, "train.steps=3500")
+    assert staged["stage 1", "steps"] == [0, 2000]
+    assert staged["stage 2", "steps"] == [2000, 2500]
+    assert staged["stage 3", "steps"] == [2500, 3500]
+    assert staged["stage 1", "tokens"] == 4_096_000
+    assert staged["stage 3", "tokens"] == 2_048_000
+    assert staged["stage 1", "share_c4"] == 0.75
+    assert staged["stage 2", "share_c4"] == 0
+    assert [staged["data", f"rows_{name}"] for name in ("wikipedia", "c4", "common_crawl", "the_stack")] == [
+        2000,
+        8000,
+        2000,
+        2000,
+    ]
+
+
+def test_a_stage_that_the_run_does_not_reach_says_so():
+    staged = facts("quickstart", *STAGES, "train.steps=2000")
+    assert staged["stage 2", "reached"] == "no"
+    assert staged["data", "rows_wikipedia"] == 0
+
+
+def test_a_run_in_epochs_has_no_steps_before_its_data_is_built(tmp_path):
+    epochs = facts("quickstart", "train.steps=null", "train.epochs=1.5", f"run_dir={tmp_path}")
+    assert epochs["step", "epochs"] == 1.5
+    assert ("step", "steps") not in epochs
+    assert ("data", "rows") not in epochs
+    assert epochs["mixture", "share_the_stack"] == 0.5
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A run directory whose data has pass 0 of all sources of the quickstart, and pass 1 of the first."""
+    loaded = spec.load("quickstart", [f"run_dir={tmp_path}"])
+    text = tokenizer.load(loaded.data.tokenizer)
+    receipts = {source.name: [{"tokens": 9, "tokens_sha256": source.name}] for source in loaded.data.sources}
+    path = manifests.manifest_path(loaded.data_dir, loaded.data, text, [])
+    manifest = manifests.assemble(path, loaded.data, text, receipts)
+    manifests.commit(manifest)
+    for source, number, rows in ((0, 0, 50), (0, 1, 52), (1, 0, 100), (2, 0, 101), (3, 0, 300)):
+        passes.finish(manifest, source, number, [{"rows": rows}])
+    return f"run_dir={tmp_path}"
+
+
+def test_epochs_are_steps_once_the_data_is_built_and_rows_short_of_a_step_are_left_out(built):
+    sections = validate.explain(spec.load("quickstart", ["train.steps=null", "train.epochs=1.5", built]))
+    [step] = [section for section in sections if section.title == "step"]
+    [epochs] = [fact for fact in step.facts if fact.key == "epochs"]
+    assert epochs == ("epochs", 824 / 551, "1.50", "of 551 rows, pass 0 of all sources; "
+                      "the last 2, less than a step, left out")  # fmt: skip
+    assert {fact.key: fact.value for fact in step.facts}["steps"] == 206
+
+
+def test_after_a_build_the_passes_that_each_source_reaches_are_shown(built):
+    known = facts("quickstart", "train.steps=500", built)
+    assert known["data", "rows"] == 2000
+    assert known["passes", "passes_wikipedia"] == pytest.approx(2 + 98 / 52)
+    assert known["passes", "passes_c4"] == 4
+    assert known["passes", "passes_common_crawl"] == pytest.approx(400 / 101)
+    assert known["passes", "passes_the_stack"] == pytest.approx(10 / 3)
+
+
+def test_epochs_that_are_not_one_step_are_refused(built):
+    with pytest.raises(DataError) as caught:
+        facts("quickstart", "train.steps=null", "train.epochs=0.005", built)
+    assert str(caught.value) == (
+        "train.epochs: 0.005 epochs of 551 rows are 2 rows, less than one step of batch_rows=4; "
+        "give more epochs, more data or a smaller batch"
+    )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Verdict, decide, diagnose
+from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose
 
 BUDGETS = {
     "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0, "unknown": 1,
@@ -13,6 +13,11 @@ BUDGETS = {
 
 def failure(kind, rank=0, text="boom"):
     return Failure(rank=rank, kind=kind, text=text)
+
+
+def host(worker, *ranks, alive=False, state="RUNNING", slice_name="slice-a"):
+    name = f"{slice_name}-{worker}"
+    return Host(name=name, slice=slice_name, ranks=ranks, alive=alive, provider_state=state)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,15 @@ def failure(kind, rank=0, text="boom"):
             Evidence(preempted_ranks=(1,), failures=(failure("process_died", 1), failure("lost_peer", 0))),
             "preemption",
         ),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1, state="PREEMPTED"),)), "preemption"),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1),)), "host_fault"),
+        (Evidence(failures=(failure("start_timeout", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
+        (Evidence(failures=(failure("controller", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
+        (Evidence(failures=(failure("hung", 3),)), "hang"),
+        (Evidence(failures=(failure("hung", 3), failure("lost_peer", 0))), "hang"),
+        (Evidence(cluster_lost=True), "cluster_lost"),
+        (Evidence(cluster_lost=True, failures=(failure("process_died", 0),)), "cluster_lost"),
+        (Evidence(cluster_lost=True, failures=(failure("raised", 0),)), "bad_code"),
         (Evidence(operator_stop=True, failures=(failure("process_died", 1),)), "operator"),
         (Evidence(), "unknown"),
     ],
@@ -52,6 +66,31 @@ def test_a_preempted_sibling_never_hides_a_crash():
 def test_a_process_that_died_beside_a_preemption_is_a_host_fault():
     evidence = Evidence(preempted_ranks=(1,), failures=(failure("process_died", 0),))
     assert diagnose(evidence).cause == "host_fault"
+
+
+def test_the_coordinator_s_eviction_explains_the_deaths_of_all_other_ranks():
+    hosts = (host(0, 0, state="PREEMPTED"), host(0, 1, alive=True, slice_name="slice-b"))
+    assert diagnose(Evidence(failures=(failure("process_died", 1),), hosts=hosts)).cause == "preemption"
+
+
+def test_a_verdict_of_preemption_names_the_slice_and_the_record_it_rests_on():
+    hosts = (host(0, 0, state="PREEMPTED"), host(1, 1, alive=True, state="PREEMPTED"))
+    verdict = diagnose(Evidence(failures=(failure("process_died", 0, "Killed"),), hosts=hosts))
+    assert verdict.reason == "slice-a was preempted (ranks 0, 1)"
+    assert verdict.evidence == (
+        "slice-a-0 (ranks 0) is gone, the provider's record says PREEMPTED",
+        "slice-a-1 (ranks 1) still answers, the provider's record says PREEMPTED",
+        "rank 0: process died: Killed",
+    )
+
+
+def test_a_verdict_of_a_host_fault_names_the_host_and_that_the_provider_kept_it_running():
+    verdict = diagnose(Evidence(failures=(failure("process_died", 1, "Killed"),), hosts=(host(1, 1),)))
+    assert verdict.reason == "the process of rank 1 died with its host slice-a-1"
+    assert verdict.evidence == (
+        "slice-a-1 (ranks 1) is gone, the provider's record says RUNNING",
+        "rank 1: process died: Killed",
+    )
 
 
 @given(

@@ -1,0 +1,139 @@
+"""Builds a run's data: what it needs to begin, then, while it trains, each source's coming pass.
+
+A thread of the driver keeps of each source the pass that is being read and the one after it ready, until the run's
+last row is covered. The loaders of the training workers find a finished pass by themselves, and wait if they must.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from openmoe.pipelines import build, passes
+from openmoe.pipelines.build import Report, Workplace
+from openmoe.pipelines.config import BLOCK_ROWS
+from openmoe.pipelines.manifest import Manifest
+from openmoe.platform import run_length
+from openmoe.platform.spec import RunSpec
+
+POLL_S = 2.0
+CLOSE_S = 2.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
+
+
+def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], None]) -> tuple[Manifest, RunSpec]:
+    """Builds what training wants to find: for a run in epochs pass 0 of all sources, and what it reads first.
+
+    Args:
+      spec: of the run.
+      step: steps the run has done.
+      report: told of progress.
+      say: told when the driver does what the cluster has no CPU for.
+
+    Returns:
+      The manifest, and the run with its length in steps.
+    """
+    place = Workplace(say=_once(say))
+    manifest = build.tokenize(spec.data, spec.data_dir, report, place)
+    built = passes.Passes(manifest)
+    if spec.train.epochs is not None:
+        firsts = [(source, 0) for source, finished in enumerate(built.groups) if not finished]
+        build.pack(built, firsts, report, place)
+    spec = run_length.resolved(spec, built.epoch_rows())
+    row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
+    while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
+        build.pack(built, wanted, report, place)
+    return manifest, spec
+
+
+def build_all(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Manifest:
+    """Builds all that a run reads from its first step to its last."""
+    manifest, spec = build_first(spec, 0, report, say)
+    rows = spec.train.total_steps * spec.train.batch_rows
+    build.extend(passes.Passes(manifest), rows, report, Workplace(say=_once(say)))
+    return manifest
+
+
+class BuildAhead:
+    """The thread, from `with` to its end; `check` says whether it failed."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        manifest: Manifest,
+        position_steps: Callable[[], int],
+        report: Report,
+        say: Callable[[str], None],
+    ) -> None:
+        """Takes what to build for.
+
+        Args:
+          spec: of the run, its length in steps.
+          manifest: of the build whose passes are extended.
+          position_steps: says, whenever asked, how many steps the run has done.
+          report: told of progress as groups are packed.
+          say: told, once, when the driver packs because the cluster has no CPU for it.
+        """
+        self._passes = passes.Passes(manifest)
+        self._batch_rows = spec.train.batch_rows
+        self._last_row = spec.train.total_steps * self._batch_rows
+        self._position_steps, self._report = position_steps, report
+        workers_cpus = spec.cluster.num_workers * spec.cluster.cpus_per_worker
+        self._place = Workplace(reserved_cpus=workers_cpus, say=_once(say))
+        self._stop = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="build-ahead", daemon=True)
+
+    def __enter__(self) -> BuildAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread; what it has not finished is built by the next attempt."""
+        self._stop.set()
+        self._thread.join(CLOSE_S)
+
+    def check(self) -> None:
+        """Raises what stopped the building, if anything did: DataError when the data cannot be used."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        try:
+            while passes.lacking(self._passes, self._last_row):
+                row = self._position_steps() * self._batch_rows
+                if wanted := passes.coming(self._passes, row, self._last_row, ahead=1):
+                    build.pack(self._passes, wanted, self._report_or_stop, self._place)
+                elif self._stop.wait(POLL_S):
+                    return
+        except _Stopped:
+            return
+        except Exception as error:
+            if not self._stop.is_set():
+                self._failure = error
+
+    def _report_or_stop(self, stage: str, done: int, total: int, unit: str) -> None:
+        self._report(stage, done, total, unit)
+        if self._stop.is_set():
+            raise _Stopped
+
+
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns `say` for lines that it has not been told yet."""
+    said: set[str] = set()
+
+    def say_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    return say_new
+
+
+class _Stopped(Exception):
+    """The attempt ended before the build."""

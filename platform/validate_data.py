@@ -1,0 +1,152 @@
+"""What follows from the data of a run file: its length, its stages, and the passes that it will reach.
+
+A run in epochs knows its steps once pass 0 of every source is built; what is built is looked for where that is quick.
+"""
+
+from __future__ import annotations
+
+import math
+
+from openmoe.model import counts
+from openmoe.pipelines import manifest as manifests
+from openmoe.pipelines import storage
+from openmoe.pipelines.config import DataError
+from openmoe.pipelines.mixture import Mixture, Stage, one_stage
+from openmoe.pipelines.passes import Passes
+from openmoe.platform import data_summary, run_length
+from openmoe.platform.facts import Fact, Section, count, short
+from openmoe.platform.spec import RunSpec
+
+# UL2 rows of 2,048 tokens hold 1,920 to 1,933 tokens of text, whichever the corpus; the rest are prompts,
+# sentinels and ends.
+TEXT_SHARE_OF_ROW = 0.94
+
+
+def find_built(spec: RunSpec) -> Passes | None:
+    """Returns what is built of the run's data; None if nothing is, it lies on gs://, or there are several builds."""
+    if storage.is_remote(spec.data_dir):
+        return None
+    try:
+        builds = data_summary.builds(spec.data, spec.data_dir)
+    except DataError:
+        return None
+    return Passes(builds[0]) if len(builds) == 1 else None
+
+
+def length(spec: RunSpec, epoch_rows: int | None) -> tuple[Fact, ...]:
+    """Returns how long the run is.
+
+    Args:
+      spec: of the run.
+      epoch_rows: rows of pass 0 of all sources together; None where they are not built.
+    """
+    train = spec.train
+    if train.epochs is not None and epoch_rows is None:
+        note = "steps follow from the rows of pass 0, once that is built: `openmoe data build`"
+        return (Fact("epochs", train.epochs, f"{train.epochs:g}", note),)
+    steps = run_length.steps_of(train, epoch_rows or 0)
+    tokens = steps * train.batch_rows * spec.data.seq_len
+    flops = tokens * counts.flops_per_token(spec.model, seq_len=spec.data.seq_len)
+    every = f"every {train.checkpoint_every_steps} steps, {train.keep_checkpoints} kept"
+    return (
+        count("steps", steps),
+        *([_epochs(spec, steps, epoch_rows)] if epoch_rows else ()),
+        count("total_tokens", tokens),
+        Fact("total_flops", float(flops), f"{flops:.3g}"),
+        count("checkpoints", math.ceil(steps / train.checkpoint_every_steps), every),
+    )
+
+
+def _epochs(spec: RunSpec, steps: int, epoch_rows: int) -> Fact:
+    rows = steps * spec.train.batch_rows
+    note = f"of {epoch_rows:,} rows, pass 0 of all sources"
+    if spec.train.epochs is not None:
+        left = run_length.rows_of(spec.train.epochs, epoch_rows) - rows
+        note += f"; the last {left}, less than a step, left out" if left else ""
+    return Fact("epochs", rows / epoch_rows, f"{rows / epoch_rows:.2f}", note)
+
+
+def rows(spec: RunSpec) -> tuple[Fact, ...]:
+    """Returns how many rows the run reads of each source, if its steps are known."""
+    total, sources = _total_rows(spec), spec.data.sources
+    if total is None:
+        return ()
+    needed = _mixture(spec).rows_needed(total).tolist()
+    text_tokens = [num_rows * spec.data.seq_len * TEXT_SHARE_OF_ROW for num_rows in needed]
+    shards = sum(math.ceil(tokens / spec.data.group_tokens) for tokens in text_tokens)
+    return (
+        count("rows", total, "steps x rows a step"),
+        *(
+            count(f"rows_{source.name}", n, f"{n / total:.2%} of the rows, {short(tokens)} tokens of text")
+            for source, n, tokens in zip(sources, needed, text_tokens, strict=True)
+        ),
+        count("expected_shards", shards, "estimate, at least: a source that ends before starts its next pass"),
+    )
+
+
+def stages(spec: RunSpec) -> list[Section]:
+    """Returns a section for each stage; without stages, the mixture of a run whose steps are not known."""
+    if not spec.data.stages:
+        return [Section("mixture", _shares(spec, 0))] if _total_rows(spec) is None else []
+    total, start, sections = _total_rows(spec), 0, []
+    for number, stage in enumerate(_stages(spec)):
+        end = total if stage.end is None else stage.end
+        facts = [_span(spec, start, end)]
+        if end is not None:
+            rows = max(end - start, 0)
+            facts.append(count("tokens", rows * spec.data.seq_len, f"{rows:,} rows"))
+        if total is not None and start >= total:
+            facts.append(Fact("reached", "no", "no", f"the run ends at {total * spec.data.seq_len:,} tokens"))
+        sections.append(Section(f"stage {number + 1}", (*facts, *_shares(spec, number))))
+        start = end or 0
+    return sections
+
+
+def _span(spec: RunSpec, start_row: int, end_row: int | None) -> Fact:
+    """Returns the steps of a stretch of rows; a step may belong to two stages, hence halves of one."""
+    batch = spec.train.batch_rows
+    ends = [row / batch if row % batch else row // batch for row in (start_row, end_row) if row is not None]
+    words = [f"{end:,.10g}" for end in ends] if end_row is not None else [f"{ends[0]:,.10g}", "the end of the run"]
+    return Fact("steps", ends, " to ".join(words))
+
+
+def _shares(spec: RunSpec, stage: int) -> tuple[Fact, ...]:
+    weights = spec.data.weights_by_stage()[stage]
+    shares = [weight / sum(weights) for weight in weights]
+    return tuple(
+        Fact(f"share_{source.name}", share, f"{share:.2%}", "of the rows")
+        for source, share in zip(spec.data.sources, shares, strict=True)
+    )
+
+
+def passes_reached(spec: RunSpec, built: Passes | None) -> list[Section]:
+    """Returns how often the run reads each source, if its data is built and its steps are known."""
+    total = _total_rows(spec)
+    if built is None or total is None:
+        return []
+    needed = _mixture(spec).rows_needed(total).tolist()
+    return [Section("passes", tuple(_reached(built, index, n) for index, n in enumerate(needed)))]
+
+
+def _reached(built: Passes, source: int, num_rows: int) -> Fact:
+    name, passes = built.manifest.sources[source].name, built.rows(source)
+    if not passes:
+        return Fact(f"passes_{name}", None, "not built", f"{num_rows:,} rows are read")
+    left, reached = num_rows, 0.0
+    for size in passes:
+        reached += min(left / size, 1)
+        left -= min(left, size)
+    reached += left / passes[-1]
+    return Fact(f"passes_{name}", reached, f"{reached:.2f}", f"of {passes[0]:,} rows; {len(passes)} built")
+
+
+def _total_rows(spec: RunSpec) -> int | None:
+    return None if spec.train.steps is None else spec.train.steps * spec.train.batch_rows
+
+
+def _stages(spec: RunSpec) -> tuple[Stage, ...]:
+    return manifests.stages_of(spec.data) or one_stage(spec.data.weights_by_stage()[0])
+
+
+def _mixture(spec: RunSpec) -> Mixture:
+    return Mixture(_stages(spec), spec.data.seed)

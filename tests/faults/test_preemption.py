@@ -1,0 +1,228 @@
+"""One run on two fake TPU slices meets every fault there is, and ends with the bits of an undisturbed one.
+
+The tests of this file are the chapters of that one run, in order. Each brings its fault about as the world does, waits
+until the run trains again, and claims what was said about the cause. The last ones compare the whole.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from openmoe.platform.run_dir import RunDir
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+STEPS = 900
+# The small run of conftest.py on one slice of 2 hosts with 4 chips each; every device holds one row.
+SLICE = (
+    "model.num_layers=2",
+    "model.d_model=64",
+    "model.d_ff=64",
+    "model.group_size=128",
+    "data.seq_len=128",
+    f"train.steps={STEPS}",
+    "train.batch_rows=8",
+    "train.checkpoint_every_steps=20",
+    "train.sample_tokens=0",
+    "mesh.expert=8",
+    "cluster.num_workers=2",
+    "cluster.devices_per_worker=4",
+)
+TPU = ("cluster.accelerator=tpu", "cluster.topology=2x2x2", "cluster.accelerator_type=TPU-V4")
+
+
+def openmoe(*arguments, check=True, **environment):
+    """Runs the command as a user does; returns what it printed."""
+    command = [sys.executable, "-m", "openmoe.platform", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert not check or result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def wait_for(what, condition, timeout_s=400.0):
+    """Returns the first true answer of `condition`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (answer := condition()):
+        assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
+        time.sleep(0.1)
+    return answer
+
+
+class Story:
+    """The run, its job, the controller, and the hands that break things."""
+
+    def __init__(self, twin, folder, run_file):
+        self.twin, self.run = twin, RunDir(f"{folder}/run")
+        self.environment = {"OPENMOE_HOME": str(twin.home)}
+        self.log = (folder / "controller.log").open("w")
+        self.random = random.Random(int(os.environ.get("OPENMOE_TEST_SEED", "0")) or time.time_ns())
+        self.controller = None
+        self.start_controller()
+        settings = (*SLICE, *TPU, f"run_dir={self.run.path}")
+        said = self.openmoe("submit", run_file, *settings, "--cluster", twin.name, "--json")
+        self.job_id = json.loads(said)["id"]
+
+    def openmoe(self, *arguments):
+        return openmoe(*arguments, **self.environment)
+
+    def job(self):
+        return json.loads(self.openmoe("jobs", "show", self.job_id, "--json"))
+
+    def start_controller(self):
+        command = [sys.executable, "-m", "openmoe.platform", "controller", "run"]
+        self.controller = subprocess.Popen(
+            command, env={**os.environ, **self.environment}, stdout=self.log, stderr=subprocess.STDOUT
+        )
+
+    def kill_controller(self):
+        self.controller.send_signal(signal.SIGKILL)
+        self.controller.wait()
+
+    def incarnation(self):
+        return max((claim.incarnation for claim in self.run.claims()), default=0)
+
+    def hosts(self):
+        """The hosts of the newest incarnation, by rank; None until its workers have all said so."""
+        placed = [e for e in self.run.events() if e["event"] == "placed" and e["incarnation"] == self.incarnation()]
+        return placed[-1]["hosts"] if placed else None
+
+    def slice(self):
+        return wait_for("workers are placed", self.hosts)[0].rpartition("-")[0]
+
+    def wait_until_it_trains(self, after):
+        """Waits until an incarnation after `after` has saved twice, and then for a moment more, chosen at random."""
+        wait_for(f"incarnation {after + 1}", lambda: self.incarnation() > after)
+
+        def saved_twice():
+            assert self.run.finished() is None, "the run ended before its fault: raise STEPS"
+            return len([a for a in self.run.acceptances() if a.incarnation == self.incarnation()]) >= 2
+
+        wait_for(f"incarnation {self.incarnation()} saves", saved_twice)
+        time.sleep(self.random.uniform(0, 0.5))
+
+    def verdict(self, incarnation):
+        """The driver's verdict on an incarnation."""
+        ended = (e for e in self.run.events() if e["event"] == "ended" and e["incarnation"] == incarnation)
+        return wait_for(f"verdict on incarnation {incarnation}", lambda: next(ended, None))
+
+    def drivers(self):
+        return [p for p in psutil.process_iter() if is_driver(p, self.run.path)]
+
+
+def is_driver(process, run_path):
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return "train" in words and "openmoe.platform" in words and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.fixture(scope="module")
+def story(twin, run_file, tmp_path_factory):
+    told = Story(twin, tmp_path_factory.mktemp("preemption"), run_file)
+    yield told
+    with contextlib.suppress(psutil.Error, ProcessLookupError):
+        told.kill_controller()
+
+
+def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_record(story):
+    story.wait_until_it_trains(after=0)
+    taken = story.slice()
+    story.openmoe("cluster", "preempt", story.twin.name, taken)
+    verdict = story.verdict(1)
+    assert verdict["cause"] == "preemption", verdict
+    assert verdict["reason"] == f"{taken} was preempted (ranks 0, 1)"
+    assert f"{taken}-0 " in str(verdict["evidence"])
+    assert "the provider's record says PREEMPTED" in str(verdict["evidence"])
+    assert verdict["decision"]["action"] == "retry"
+    story.wait_until_it_trains(after=1)
+    assert story.slice() != taken
+    story.openmoe("cluster", "up", story.twin.name)
+
+
+def test_a_slice_taken_with_notice_is_a_preemption_announced_by_ray(story):
+    before, taken = story.incarnation(), story.slice()
+    story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 10)
+    verdict = story.verdict(before)
+    assert verdict["cause"] == "preemption", verdict
+    story.wait_until_it_trains(after=before)
+    assert story.slice() != taken
+    story.openmoe("cluster", "up", story.twin.name)
+
+
+def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is_drained(story):
+    before, broken = story.incarnation(), story.slice()
+    story.twin.kill_host(f"{broken}-1")
+    verdict = story.verdict(before)
+    assert verdict["cause"] == "host_fault", verdict
+    assert f"{broken}-1" in verdict["reason"]
+    assert "the provider's record says RUNNING" in str(verdict["evidence"])
+    story.wait_until_it_trains(after=before)  # with the living head of the broken slice left alone
+    assert story.slice() != broken
+    story.openmoe("cluster", "up", story.twin.name)
+
+
+def test_a_worker_that_is_killed_is_a_host_fault_of_the_process_alone(story):
+    before = story.incarnation()
+    worker = story.random.choice(story.twin.processes(story.slice(), "RayTrainWorker"))
+    worker.send_signal(signal.SIGKILL)
+    verdict = story.verdict(before)
+    assert verdict["cause"] == "host_fault", verdict
+    assert verdict["reason"].startswith("the process of rank ")
+    assert "host" not in verdict["reason"].removeprefix("the process of rank ")
+    story.wait_until_it_trains(after=before)
+
+
+def test_a_controller_that_is_killed_changes_nothing(story):
+    before, attempt = story.incarnation(), story.job()["attempt"]
+    story.kill_controller()
+    story.start_controller()
+    time.sleep(3)
+    assert (story.incarnation(), story.job()["attempt"], story.job()["state"]) == (before, attempt, "running")
+
+
+def test_a_driver_that_is_killed_is_replaced_by_the_controller(story):
+    before, attempt = story.incarnation(), story.job()["attempt"]
+    for driver in story.drivers():
+        driver.send_signal(signal.SIGKILL)
+    story.wait_until_it_trains(after=before)
+    assert story.job()["attempt"] == attempt + 1
+    assert story.job()["spent"] == {"host_fault": 1}
+
+
+def test_a_lost_head_is_a_lost_cluster_and_the_run_goes_on_when_it_is_back(story):
+    before, attempt = story.incarnation(), story.job()["attempt"]
+    story.twin.kill_host("head")
+    wait_for("the controller sees the cluster lost", lambda: story.job()["cluster_lost"])
+    assert story.job()["state"] == "running"  # the cluster is lost, the run has not failed
+    story.openmoe("cluster", "up", story.twin.name)
+    story.wait_until_it_trains(after=before)
+    job = story.job()
+    assert (job["attempt"], job["cluster_lost"]) == (attempt + 1, False)
+    assert job["spent"] == {"host_fault": 1, "cluster_lost": 1}
+
+
+def test_the_run_ends_and_its_story_names_every_cause(story):
+    wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded", timeout_s=300)
+    causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
+    assert causes == ["preemption", "preemption", "host_fault", "host_fault"]
+    told = story.openmoe("jobs", "story", story.job_id)
+    for word in ("preemption", "host_fault", "cluster_lost"):
+        assert word in told, told
+
+
+def test_every_row_was_trained_on_once_and_every_bit_is_that_of_an_undisturbed_run(story, trainer):
+    undisturbed = trainer("undisturbed", *SLICE)
+    undisturbed.start()
+    undisturbed.finish(timeout_s=600)
+    there, here = undisturbed.run.trace(), story.run.trace()
+    assert [r["rows"] for r in here] == [[8 * n, 8 * n + 8] for n in range(STEPS)]
+    exact = ("step", "rows", "total_loss", "text_loss", "grad_norm", "batch_checksum", "expert_load")
+    assert [[r[k] for k in exact] for r in here] == [[r[k] for k in exact] for r in there]

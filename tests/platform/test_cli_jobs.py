@@ -1,0 +1,92 @@
+"""`openmoe submit` and `openmoe jobs` as a user types them, where no controller runs and no cluster answers."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from openmoe.platform import cli, controller_lock
+
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def openmoe(tmp_path, monkeypatch, capsys):
+    """Returns the function that runs the command in a home and a folder of its own."""
+    monkeypatch.setenv("OPENMOE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["openmoe", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        assert ended.value.code == code, said.out + said.err
+        return said.out if code == 0 else said.err
+
+    return run
+
+
+def test_a_job_is_queued_shown_cancelled_and_queued_again(openmoe, tmp_path):
+    said = openmoe("submit", "quickstart", "train.steps=200", "--cluster", NOWHERE)
+    job_id = said.split()[0]
+    assert said.splitlines()[:2] == [
+        f"{job_id} is queued for cluster {NOWHERE}",
+        "no controller runs here, so nothing happens yet; start one: openmoe controller run   (or: openmoe up)",
+    ]
+    assert f"openmoe jobs logs -f {job_id}" in said
+
+    [listed] = json.loads(openmoe("jobs", "list", "--json"))
+    assert (listed["id"], listed["state"], listed["attempt"]) == (job_id, "queued", 0)
+    assert listed["run_dir"] == str(tmp_path / "openmoe-runs" / "quickstart")
+    assert "no controller runs: openmoe controller run" in openmoe("jobs", "list")
+    shown = json.loads(openmoe("jobs", "show", "quick", "--json"))  # the beginning of the id is enough
+    assert (shown["id"], shown["step"], shown["submission_id"]) == (job_id, 0, None)
+    assert f"run_dir: {tmp_path}/openmoe-runs/quickstart" in shown["run_file"]
+    assert "steps: 200" in shown["run_file"]
+
+    assert json.loads(openmoe("jobs", "cancel", job_id, "--json"))["state"] == "cancelled"
+    assert f"{job_id}: nothing to cancel, it is cancelled" in openmoe("jobs", "cancel", job_id, code=2)
+    assert json.loads(openmoe("jobs", "retry", job_id, "--json"))["state"] == "queued"
+    story = [s["text"] for s in json.loads(openmoe("jobs", "story", job_id, "--json"))]
+    assert story == [
+        f"submitted: run quickstart for cluster {NOWHERE}",
+        "cancelled before it started: on request",
+        "asked to try again, with fresh budgets",
+    ]
+
+
+def test_what_cannot_be_done_is_said_in_one_line(openmoe, tmp_path):
+    assert openmoe("jobs", "list") == "no jobs; `openmoe submit RUN` makes one\n"
+    assert openmoe("submit", "quickstart", code=2) == (
+        "cluster: none is up on this machine; `openmoe up` or `openmoe cluster up local` starts one, "
+        "--cluster http://HOST:8265 takes another machine's\n"
+    )
+    bad = openmoe("submit", "quickstart", "train.stepz=3", "--cluster", NOWHERE, code=2)
+    assert bad == "override: train.stepz: unknown key; did you mean `steps`?\n"
+    assert openmoe("jobs", "list", "--json") == "[]\n"
+    assert openmoe("submit", "quickstart", "--cluster", "local", code=2) == (
+        "cluster: local was not started on this machine; `openmoe cluster up` starts one of provider twin or local, "
+        "any other is given by the address of its Ray dashboard: --cluster http://HOST:8265\n"
+    )
+    job_id = json.loads(openmoe("submit", "quickstart", "--cluster", NOWHERE, "--json"))["id"]
+    again = openmoe("submit", "quickstart", "--cluster", NOWHERE, code=2)
+    assert again == (
+        f"run_dir: {tmp_path}/openmoe-runs/quickstart belongs to job {job_id}, which is queued; "
+        f"`openmoe jobs cancel {job_id}` first, or choose another run_dir\n"
+    )
+    assert openmoe("jobs", "show", "nope", code=2).startswith("job 'nope': there is none of this id")
+    assert openmoe("jobs", "logs", job_id, code=2) == (f"{job_id}: no attempt 0, there are none yet; it is queued\n")
+
+
+def test_a_second_controller_of_a_home_says_so_in_one_line(openmoe, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    assert not controller_lock.is_running(home)
+    with controller_lock.only_one(home):
+        assert controller_lock.is_running(home)
+        said = openmoe("controller", "run", code=2)
+    assert said.count("\n") == 1
+    assert said.startswith(f"controller: process {os.getpid()} is one already for {home};")
+    assert not controller_lock.is_running(home)
