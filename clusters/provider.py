@@ -27,6 +27,8 @@ class Instance:
     state: InstanceState
     since_s: float
     """Unix time at which it came into this state."""
+    preempted_s: float = 0.0
+    """Unix time at which it was last taken away, remembered when it runs again; 0 if never."""
 
 
 def read_all(state_dir: Path) -> list[Instance]:
@@ -51,6 +53,8 @@ def write(state_dir: Path, instances: Iterable[Instance]) -> None:
 def set_state(state_dir: Path, instances: Iterable[Instance], state: InstanceState, now_s: float) -> list[Instance]:
     """Records that these instances are in `state` since `now_s`; those that are already keep their time."""
     changed = [replace(each, state=state, since_s=now_s) for each in instances if each.state != state]
+    if state == "PREEMPTED":
+        changed = [replace(each, preempted_s=now_s) for each in changed]
     write(state_dir, changed)
     return changed
 

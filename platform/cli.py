@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -139,6 +140,16 @@ def runs(
         for run in found
     ]
     tables.show("", ("run", "state", "step", "loss", "updated", "run directory"), rows)
+
+
+@app.command()
+def wheel(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")] = Path("dist"),
+) -> None:
+    """Pack this code for a Ray job; print where."""
+    from openmoe.platform import wheel as wheel_module
+
+    print(wheel_module.built_wheel(folder))
 
 
 @data_app.command("corpus")

@@ -1,4 +1,4 @@
-"""The controller: carries out what jobs.py and placement.py decide, and tells them what happened.
+"""The controller: carries out what job.py and placement.py decide, and tells them what happened.
 
 One loop in one process a home, twice a second:
 

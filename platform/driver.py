@@ -201,7 +201,8 @@ class Attempt:
         self._spent[verdict.cause] += 1
         if verdict.cause == "damaged_checkpoint":
             self._run.quarantine(claim.resumes, verdict.reason)
-        journal.append({"event": "ended", "time_s": time.time(), **asdict(verdict), "decision": asdict(decision)})
+        record = {"event": "ended", "time_s": time.time(), "step": self._step, **asdict(verdict)}
+        journal.append({**record, "decision": asdict(decision)})
         journal.flush()
         self._show.say(f"incarnation {claim.incarnation} ended, {decision.action}: {decision.reason}")
         for sentence in verdict.evidence:

@@ -40,7 +40,7 @@ class Watch:
           instances: reads the provider's records; none where it has none.
         """
         self.ranks = set(range(num_workers))
-        self._instances = instances
+        self._instances, self._began_s = instances, time.time()
         self._at_start = {node["NodeID"] for node in ray.nodes() if node["Alive"] and slice_of(node)}
 
     def look(self, placements: Mapping[int, str]) -> tuple[Host, ...]:
@@ -61,7 +61,9 @@ class Watch:
         slices = {slice_of(node) for node in nodes if node["NodeID"] in ranks} - {""}
         hosts = []
         for node in nodes:
-            host = _host(node, tuple(ranks[node["NodeID"]]), records.get((slice_of(node), _worker_id(node))))
+            host = _host(
+                node, tuple(ranks[node["NodeID"]]), records.get((slice_of(node), _worker_id(node))), self._began_s
+            )
             if missing and host.lost and not host.ranks:
                 host = replace(host, ranks=tuple(missing))
             if host.ranks or host.slice in slices:
@@ -79,7 +81,7 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"{slice_of(node)}-{_worker_id(node)}" if slice_of(node) else node["NodeManagerAddress"]
 
 
-def _host(node: Mapping[str, Any], ranks: tuple[int, ...], record: Instance | None) -> Host:
+def _host(node: Mapping[str, Any], ranks: tuple[int, ...], record: Instance | None, began_s: float) -> Host:
     alive = bool(node["Alive"]) and _answers(node["NodeManagerAddress"], node["NodeManagerPort"])
     if record is None:
         return Host(name=_name(node), slice=slice_of(node), ranks=ranks, alive=alive)
@@ -88,8 +90,8 @@ def _host(node: Mapping[str, Any], ranks: tuple[int, ...], record: Instance | No
         slice=record.slice,
         ranks=ranks,
         alive=alive,
-        provider_state=record.state,
-        since_s=record.since_s,
+        # A slice that was taken away and is back already was taken away all the same.
+        provider_state="PREEMPTED" if record.preempted_s >= began_s else record.state,
     )
 
 

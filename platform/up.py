@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from openmoe.clusters import twin
+from openmoe.clusters import twin, twin_state
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.platform import cli_cluster, controller, controller_lock
 
@@ -40,6 +40,10 @@ def run(cluster: str, home: Path, say: Say, *, dashboard_port: int | None) -> in
         except KeyboardInterrupt:
             _end(state_dir, say)
             return 0
+        except twin_state.StartFailed as failed:
+            say(str(failed))
+            _end(state_dir, say)
+            return 1
         try:
             with _dashboard(dashboard_port) if dashboard_port is not None else contextlib.nullcontext():
                 say(_what_next(spec))

@@ -79,7 +79,6 @@ class Host:
       ranks: the workers it held.
       alive: its Ray node still answers.
       provider_state: what the provider's record says (RUNNING, PREEMPTED, STOPPED); "" where there is no record.
-      since_s: when the record was written, Unix time; 0 without one.
     """
 
     name: str
@@ -87,7 +86,6 @@ class Host:
     ranks: tuple[int, ...]
     alive: bool
     provider_state: str = ""
-    since_s: float = 0.0
 
     @property
     def lost(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from openmoe.platform.dashboard.follow import RunFollower
@@ -72,6 +73,30 @@ class Period:
     undone_steps: int
     training_share: float | None
     endings: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stretch of the run with a mixture of its own, from `first_step` on."""
+
+    number: int
+    first_step: int
+    mixture: str
+
+
+def stages(run: RunFollower) -> list[Stage]:
+    """Returns the stages of a run after the first one; none for a run with one mixture."""
+    configured = run.record.get("spec", {}).get("data", {}).get("stages") or ()
+    tokens = run.tokens_per_step or 1
+    return [
+        Stage(number=n, first_step=before["until_tokens"] // tokens + 1, mixture=_mixture(stage["weights"]))
+        for n, (before, stage) in enumerate(pairwise(configured), start=2)
+    ]
+
+
+def _mixture(weights: Mapping[str, float]) -> str:
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight)
 
 
 def incarnations(run: RunFollower) -> list[Incarnation]:

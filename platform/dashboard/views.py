@@ -12,7 +12,7 @@ import numpy as np
 from openmoe.platform import spec_yaml, story
 from openmoe.platform.dashboard import curves, incidents
 from openmoe.platform.dashboard.follow import RunFollower
-from openmoe.platform.dashboard.incidents import Incarnation, Period
+from openmoe.platform.dashboard.incidents import Incarnation, Period, Stage
 from openmoe.platform.story import Sentence
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ class History:
     """
 
     incarnations: tuple[Incarnation, ...]
+    stages: tuple[Stage, ...]
     story: tuple[Sentence, ...]
     story_left_out: int
     samples: tuple[tuple[str, str], ...]
@@ -233,6 +234,7 @@ def history(run: RunFollower, of_jobs: Iterable[Sentence] = (), result: Iterable
     told = story.merged(story.of_run(records), of_jobs)
     return History(
         incarnations=tuple(incidents.incarnations(run)),
+        stages=tuple(incidents.stages(run)),
         story=tuple(told[-MAX_SENTENCES:]),
         story_left_out=max(len(told) - MAX_SENTENCES, 0),
         samples=tuple((str(prompt), str(text)) for prompt, text in sampled.get("samples", ())),

@@ -20,7 +20,6 @@ from openmoe.platform.run_dir import RunDir
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-STEPS = 900
 # The small run of conftest.py on one slice of 2 hosts with 4 chips each; every device holds one row.
 SLICE = (
     "model.num_layers=2",
@@ -28,7 +27,7 @@ SLICE = (
     "model.d_ff=64",
     "model.group_size=128",
     "data.seq_len=128",
-    f"train.steps={STEPS}",
+    "train.steps=100000",  # never reached: the last chapter stops the run and says where it ends
     "train.batch_rows=8",
     "train.checkpoint_every_steps=20",
     "train.sample_tokens=0",
@@ -64,17 +63,30 @@ class Story:
         self.environment = {"OPENMOE_HOME": str(twin.home)}
         self.log = (folder / "controller.log").open("w")
         self.random = random.Random(int(os.environ.get("OPENMOE_TEST_SEED", "0")) or time.time_ns())
-        self.controller = None
+        self.run_file, self.controller, self.repairs = run_file, None, []
         self.start_controller()
-        settings = (*SLICE, *TPU, f"run_dir={self.run.path}")
-        said = self.openmoe("submit", run_file, *settings, "--cluster", twin.name, "--json")
-        self.job_id = json.loads(said)["id"]
+        self.job_id = self.submit()
+
+    def submit(self, *overrides):
+        settings = (*SLICE, *TPU, f"run_dir={self.run.path}", *overrides)
+        said = self.openmoe("submit", self.run_file, *settings, "--cluster", self.twin.name, "--json")
+        return json.loads(said)["id"]
 
     def openmoe(self, *arguments):
         return openmoe(*arguments, **self.environment)
 
     def job(self):
         return json.loads(self.openmoe("jobs", "show", self.job_id, "--json"))
+
+    def repair(self):
+        """Brings back what was broken, while the run goes on."""
+        command = [sys.executable, "-m", "openmoe.platform", "cluster", "up", self.twin.name]
+        self.repairs.append(subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=self.log))
+
+    def wait_until_repaired(self):
+        for repair in self.repairs:
+            assert repair.wait(timeout=400) == 0
+        self.repairs.clear()
 
     def start_controller(self):
         command = [sys.executable, "-m", "openmoe.platform", "controller", "run"]
@@ -102,16 +114,20 @@ class Story:
         wait_for(f"incarnation {after + 1}", lambda: self.incarnation() > after)
 
         def saved_twice():
-            assert self.run.finished() is None, "the run ended before its fault: raise STEPS"
             return len([a for a in self.run.acceptances() if a.incarnation == self.incarnation()]) >= 2
 
         wait_for(f"incarnation {self.incarnation()} saves", saved_twice)
+        self.wait_until_repaired()
         time.sleep(self.random.uniform(0, 0.5))
 
     def verdict(self, incarnation):
         """The driver's verdict on an incarnation."""
-        ended = (e for e in self.run.events() if e["event"] == "ended" and e["incarnation"] == incarnation)
-        return wait_for(f"verdict on incarnation {incarnation}", lambda: next(ended, None))
+
+        def ended():
+            events = (e for e in self.run.events() if e["event"] == "ended" and e["incarnation"] == incarnation)
+            return next(events, None)
+
+        return wait_for(f"verdict on incarnation {incarnation}", ended)
 
     def drivers(self):
         return [p for p in psutil.process_iter() if is_driver(p, self.run.path)]
@@ -142,9 +158,9 @@ def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_
     assert f"{taken}-0 " in str(verdict["evidence"])
     assert "the provider's record says PREEMPTED" in str(verdict["evidence"])
     assert verdict["decision"]["action"] == "retry"
+    assert wait_for("the other slice", lambda: story.incarnation() > 1 and story.slice()) != taken
+    story.repair()
     story.wait_until_it_trains(after=1)
-    assert story.slice() != taken
-    story.openmoe("cluster", "up", story.twin.name)
 
 
 def test_a_slice_taken_with_notice_is_a_preemption_announced_by_ray(story):
@@ -152,9 +168,10 @@ def test_a_slice_taken_with_notice_is_a_preemption_announced_by_ray(story):
     story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 10)
     verdict = story.verdict(before)
     assert verdict["cause"] == "preemption", verdict
+    assert verdict["evidence"][0] == "Ray announced the preemption of ranks 0, 1"
+    assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != taken
+    story.repair()
     story.wait_until_it_trains(after=before)
-    assert story.slice() != taken
-    story.openmoe("cluster", "up", story.twin.name)
 
 
 def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is_drained(story):
@@ -164,9 +181,10 @@ def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is
     assert verdict["cause"] == "host_fault", verdict
     assert f"{broken}-1" in verdict["reason"]
     assert "the provider's record says RUNNING" in str(verdict["evidence"])
-    story.wait_until_it_trains(after=before)  # with the living head of the broken slice left alone
-    assert story.slice() != broken
-    story.openmoe("cluster", "up", story.twin.name)
+    # The living head of the broken slice is left alone.
+    assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != broken
+    story.repair()
+    story.wait_until_it_trains(after=before)
 
 
 def test_a_worker_that_is_killed_is_a_host_fault_of_the_process_alone(story):
@@ -209,20 +227,26 @@ def test_a_lost_head_is_a_lost_cluster_and_the_run_goes_on_when_it_is_back(story
     assert job["spent"] == {"host_fault": 1, "cluster_lost": 1}
 
 
-def test_the_run_ends_and_its_story_names_every_cause(story):
-    wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded", timeout_s=300)
-    causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
-    assert causes == ["preemption", "preemption", "host_fault", "host_fault"]
+def test_the_run_is_cancelled_and_ends_where_it_is_told_to_and_its_story_names_every_cause(story):
+    story.openmoe("jobs", "cancel", story.job_id)
+    wait_for("the job is cancelled", lambda: story.job()["state"] == "cancelled")
     told = story.openmoe("jobs", "story", story.job_id)
     for word in ("preemption", "host_fault", "cluster_lost"):
-        assert word in told, told
+        assert word in told.replace(" ", "_"), told
+    causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
+    assert causes == ["preemption", "preemption", "host_fault", "host_fault", "operator"]
+
+    story.job_id = story.submit(f"train.steps={story.run.newest_accepted().step + 5}")
+    wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded")
 
 
 def test_every_row_was_trained_on_once_and_every_bit_is_that_of_an_undisturbed_run(story, trainer):
-    undisturbed = trainer("undisturbed", *SLICE)
+    here = story.run.trace()
+    steps = (f"train.steps={len(here)}", f"train.checkpoint_every_steps={len(here)}")
+    undisturbed = trainer("undisturbed", *SLICE, *steps)
     undisturbed.start()
-    undisturbed.finish(timeout_s=600)
-    there, here = undisturbed.run.trace(), story.run.trace()
-    assert [r["rows"] for r in here] == [[8 * n, 8 * n + 8] for n in range(STEPS)]
-    exact = ("step", "rows", "total_loss", "text_loss", "grad_norm", "batch_checksum", "expert_load")
+    undisturbed.finish(timeout_s=800)
+    there = undisturbed.run.trace()
+    assert [r["rows"] for r in here] == [[8 * n, 8 * n + 8] for n in range(len(here))]
+    exact = ("step", "rows", "total_loss", "loss", "text_loss", "grad_norm", "batch_checksum", "expert_load")
     assert [[r[k] for k in exact] for r in here] == [[r[k] for k in exact] for r in there]

@@ -207,6 +207,11 @@ def test_prometheus_sees_a_job_train(stopped_and_resumed, prometheus):
 
 def test_a_stopped_job_submitted_again_goes_on_and_shows_in_ray_s_dashboard(head, stopped_and_resumed, undisturbed):
     run = stopped_and_resumed
+    log = head.job("logs", "stops").stdout
+    assert "Traceback" not in log
+    assert f"stopped on request; the same command goes on from the last checkpoint in {run.path}" in log
+    [(cause, decision)] = [(e["cause"], e["decision"]) for e in run.events() if e["event"] == "ended"]
+    assert (cause, decision["action"]) == ("operator", "stop")
     status, log = head.wait("resumes")
     assert status == "SUCCEEDED", log[-3000:]
     steps = run.finished()["steps"]

@@ -26,15 +26,6 @@ def ends(run):
     return [(e["cause"], e["decision"]["action"]) for e in run.events() if e["event"] == "ended"]
 
 
-def assert_it_ended_in_one_line(run, output):
-    """What an operator's stop looks like: its cause in the journal, a last line that says how to go on, no trace."""
-    assert ends(run.run) == [("operator", "stop")]
-    assert "Traceback" not in output
-    assert output.splitlines()[-1] == (
-        f"stopped on request; the same command goes on from the last checkpoint in {run.run_dir}"
-    )
-
-
 def test_an_undisturbed_run_reads_every_row_once(undisturbed):
     assert_every_row_once(undisturbed)
     assert len(undisturbed.claims()) == 1
@@ -54,7 +45,9 @@ def test_a_killed_worker_is_replaced_by_the_driver_and_the_bits_are_the_same(tra
     assert bits(run.run) == bits(undisturbed)
 
 
-def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits_and_curves(trainer, undisturbed, curves):
+def test_a_killed_driver_all_killed_and_a_damaged_checkpoint_leave_the_same_bits_and_curves(
+    trainer, undisturbed, curves
+):
     run = trainer()
     run.start()
     run.wait_for_acceptance(1)
@@ -62,14 +55,26 @@ def test_a_killed_driver_and_then_everything_killed_resume_with_the_same_bits_an
     run.start()
     run.wait_for_acceptance(3)
     run.kill_everything()
+    newest = run.run.newest_accepted()
+    damage_largest_file(Path(run.run.at(newest.checkpoint)))
     run.start()
     run.finish()
-    assert [c.incarnation for c in run.run.claims()] == [1, 2, 3]
+    assert run.run.quarantined() == [newest.number]
+    assert ends(run.run) == [("damaged_checkpoint", "retry")]
+    third, fourth = run.run.claims()[2:]
+    assert (third.resumes, fourth.resumes) == (newest.number, newest.number - 1)
     assert_every_row_once(run.run)
     assert bits(run.run) == bits(undisturbed)
     assert run.run.newest_accepted().ledger_head == undisturbed.newest_accepted().ledger_head
     drawn = curves(run.run.at("tensorboard"))
     assert drawn["loss/cross_entropy"] == {r["step"]: r["loss"] for r in undisturbed.trace()}
+
+
+def damage_largest_file(folder):
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
 
 
 def test_after_ctrl_c_another_number_of_processes_goes_on_with_the_same_rows_and_losses_to_1e_4(
@@ -78,7 +83,12 @@ def test_after_ctrl_c_another_number_of_processes_goes_on_with_the_same_rows_and
     run = trainer()
     run.start()
     run.wait_for_acceptance(2)
-    assert_it_ended_in_one_line(run, run.stop(signal.SIGINT))
+    output = run.stop(signal.SIGINT)
+    assert "Traceback" not in output
+    assert output.splitlines()[-1] == (
+        f"stopped on request; the same command goes on from the last checkpoint in {run.run_dir}"
+    )
+    assert ends(run.run) == [("operator", "stop")]
     run.overrides = ("cluster.num_workers=1", "cluster.devices_per_worker=4")
     run.start()
     run.finish()
@@ -92,23 +102,3 @@ def test_after_ctrl_c_another_number_of_processes_goes_on_with_the_same_rows_and
     with capsys.disabled():
         print(f"\nlargest loss difference {difference:.3g}; at least {changed} routing choices of {STEPS} steps differ")
     assert difference <= 1e-4
-
-
-def test_after_sigterm_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_is_used(trainer, undisturbed):
-    run = trainer()
-    run.start()
-    run.wait_for_acceptance(3)
-    assert_it_ended_in_one_line(run, run.stop(signal.SIGTERM))
-    newest = run.run.newest_accepted()
-    largest = max(
-        (p for p in Path(run.run.at(newest.checkpoint)).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    largest.write_bytes(content)
-    run.start()
-    run.finish()
-    assert run.run.quarantined() == [newest.number]
-    assert ends(run.run) == [("operator", "stop"), ("damaged_checkpoint", "retry")]
-    assert_every_row_once(run.run)
-    assert bits(run.run) == bits(undisturbed)

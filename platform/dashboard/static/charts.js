@@ -128,7 +128,7 @@ export class LineChart {
     const entries = [["mean", values.low ? "mean and range of some steps" : "each step"], ["trend", "trend"]];
     if (reference) entries.push(["reference", reference.label]);
     if (undone) entries.push(["undone", "trained again later"]);
-    if (marks.some((mark) => !mark.mood)) entries.push(["start", "a worker group starts"]);
+    if (marks.some((mark) => !mark.mood)) entries.push(["start", "a worker group or a stage starts"]);
     if (marks.some((mark) => mark.mood)) entries.push(["incident", "an incident; hover for its cause"]);
     return entries.map(([kind, text]) => el("span", {}, el("i", { class: kind }), text));
   }

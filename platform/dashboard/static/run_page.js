@@ -104,7 +104,7 @@ export class RunPage {
 
   #showCharts() {
     const { curves, figures, history } = this.snapshot;
-    const marks = marksOf(history.incarnations);
+    const marks = [...marksOf(history.incarnations), ...stageMarks(history.stages, curves.line)];
     const model = (name, more = {}) => ({ axis: this.axis, line: curves.line, values: curves.line[name], marks, undone: null, reference: null, ...more });
     const unigram = figures.unigram_entropy;
     this.loss.show(model("text_loss", { undone: curves.undone.step.length ? curves.undone : null, reference: unigram ? { label: "unigram entropy", value: unigram } : null }));
@@ -199,6 +199,14 @@ function marksOf(incarnations) {
     const end = view.ending;
     if (end && end.cause !== "done") found.push({ step: view.last_step ?? view.start_step, time: end.time_s, mood: mood(end.cause) || "warn", title: `${spoken(end.cause)}: incarnation ${view.number} ended`, text: `${moment(end.time_s)}, step ${whole(view.last_step ?? view.start_step)}: ${end.reason}` });
     return found;
+  });
+}
+
+function stageMarks(stages, line) {
+  return stages.flatMap((stage) => {
+    const i = line.step.findIndex((step) => step >= stage.first_step);
+    if (i < 0) return [];
+    return [{ step: stage.first_step, time: line.time_s[i], mood: "", title: `stage ${stage.number} begins`, text: `step ${whole(stage.first_step)}: ${stage.mixture}` }];
   });
 }
 

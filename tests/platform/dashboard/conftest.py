@@ -24,6 +24,10 @@ class WrittenRun:
         self.dir.create(loaded)
         record = self.dir.read_json("run.json") | {"created_s": self.now_s}
         record["spec"]["data"]["seq_len"] = 250
+        record["spec"]["data"]["stages"] = [
+            {"until_tokens": 30_000, "weights": {"c4": 1, "the_stack": 0}, "objective": "ul2"},
+            {"until_tokens": None, "weights": {"c4": 1, "the_stack": 3}, "objective": "ul2"},
+        ]
         (path / "run.json").write_text(json.dumps(record))
         self.journals = {}
         self.acceptances = 0

@@ -111,6 +111,11 @@ def test_marks_tell_their_cause_on_both_axes(begin, open_run):
         expect(page.locator("#loss .tip")).to_contain_text("the process of rank 1 died")
         page.mouse.move(0, 0)
         expect(page.locator("#loss .tip")).to_be_hidden()
+    page.get_by_role("button", name="by step").click()
+    box = page.locator("#loss .u-over").bounding_box()
+    page.mouse.move(box["x"] + (31 - 1) / (60 - 1) * box["width"], box["y"] + 60)
+    expect(page.locator("#loss .tip")).to_contain_text("stage 2 begins")
+    expect(page.locator("#loss .tip")).to_contain_text("c4 25%, the_stack 75%")
 
 
 def test_everything_can_be_reached_by_keyboard(begin, open_run):
