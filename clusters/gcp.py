@@ -3,8 +3,11 @@
 To the launcher a slice is one node, however many hosts it has; it runs each command on all of them.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from openmoe.clusters.ray_start import JOB_STOP
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.versions import Versions
 
@@ -48,7 +51,7 @@ def render(spec: ClusterSpec, versions: Versions) -> dict[str, Any]:
             "--head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml --dashboard-host=127.0.0.1",
             cpus=spec.head.cpus,
             # Version 2, the default, takes one node of the launcher for one node of Ray; a slice is several.
-            environment="RAY_enable_autoscaler_v2=0",
+            environment={"RAY_enable_autoscaler_v2": "0", **JOB_STOP},
         ),
         "worker_start_ray_commands": _start("--address=$RAY_HEAD_IP:6379", cpus=spec.host_cpus),
     }
@@ -138,9 +141,10 @@ def _packages(versions: Versions) -> list[str]:
     ]
 
 
-def _start(options: str, *, cpus: int, environment: str = "") -> list[str]:
+def _start(options: str, *, cpus: int, environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
     # Said again here: a host that comes back runs these commands alone, and Ray's own prefix would win otherwise.
-    variables = f"RAY_AUTH_MODE=token RAY_raylet_start_wait_time_s=180 {environment}".rstrip()
+    settings = {"RAY_AUTH_MODE": "token", "RAY_raylet_start_wait_time_s": "180", **environment}
+    variables = " ".join(f"{name}={value}" for name, value in settings.items())
     prefix = f'export PATH="$HOME/openmoe-env/bin:$PATH" {variables}; '
     start = f"ray start {options} --num-cpus={cpus} --object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
     return [f"{prefix}ray stop", f"{prefix}ulimit -n 65536; {start}"]

@@ -15,6 +15,8 @@ OBJECT_STORE_BYTES = 200_000_000
 PORTS = range(20_000, 32_000)
 PORTS_OF_A_NODE = 4
 MOST_HOSTS = 200  # the last byte of their addresses, less some
+# Of the head, whose drivers write down why they stop before they are killed; Ray gives them 3 s, gs:// may need more.
+JOB_STOP = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 # What would make a node something else than it is told to be; all of RAY_* goes too.
 _FOREIGN = ("RAY_", "TPU_", "JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "LIBTPU_", "MEGASCALE_")
@@ -144,6 +146,7 @@ def environment(inherited: Mapping[str, str], token_file: Path) -> dict[str, str
         "RAY_health_check_failure_threshold": "3",
         # Hosts of a dead head end after 20 s instead of 60: they can be of no use to a new head.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+        **JOB_STOP,
         "JAX_PLATFORMS": "cpu",
     }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,11 +42,13 @@ class Workplace:
       num_workers: tasks at a time; None: one for each CPU that is left.
       reserved_cpus: CPUs of the training workers, which must find them free whenever they start again.
       say: told when this process begins to do tasks, and why.
+      is_left: says whether the build is to end; nothing more is asked of Ray then.
     """
 
     num_workers: int | None = None
     reserved_cpus: float = 0
     say: Callable[[str], None] = lambda line: None
+    is_left: Callable[[], bool] = lambda: False
 
 
 def build(
@@ -186,11 +189,13 @@ def _run(work: Work, tasks: list[dict[str, Any]], stuck_s: float, place: Workpla
     was found, or that Ray lost, is done here, before Ray is asked again.
     """
     left = [json.dumps(task) for task in tasks]
-    while left:
+    while left and not place.is_left():
         for answer in _in_ray(work, left, stuck_s, place):
             left.remove(answer["task"])
             yield _receipt(answer)
-        if left:
+            if place.is_left():
+                return
+        if left and not place.is_left():
             yield _receipt(work({"task": left.pop(0)}))
 
 
@@ -202,30 +207,40 @@ def _receipt(answer: dict[str, str]) -> dict[str, Any]:
 
 def _in_ray(work: Work, tasks: list[str], stuck_s: float, place: Workplace) -> Iterator[dict[str, str]]:
     """Yields the answers to tasks; ends early when the cluster has no CPU for them, or loses them."""
-    import ray
-    import ray.data
     import ray.exceptions
     from ray.data.exceptions import ExecutionTimeoutError
 
-    cpus, selector = _offer(place.reserved_cpus)
-    if cpus < 1:
-        place.say("the cluster has no CPU for data beside the training workers: the driver does it")
-        return
-    if not _gets_a_cpu(selector):
-        place.say(f"no CPU of the cluster was free for data within {PROBE_S:g} s: the driver does it")
-        return
-    # Tasks rather than actors: the next stage finds their processes running, which take seconds to start.
-    compute = ray.data.TaskPoolStrategy(size=min(len(tasks), place.num_workers or cpus))
-    _be_quiet()
-    rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
-    answers = rows.map(work, num_cpus=1, compute=compute, label_selector=selector)
-    answers.context.execution_no_progress_timeout_s = stuck_s
     try:
-        yield from answers.iter_rows()
+        cpus, selector = _offer(place.reserved_cpus)
+        if cpus < 1:
+            place.say("the cluster has no CPU for data beside the training workers: the driver does it")
+        elif not _gets_a_cpu(selector, place.is_left):
+            place.say(f"no CPU of the cluster was free for data within {PROBE_S:g} s: the driver does it")
+        else:
+            yield from _mapped(work, tasks, place.num_workers or cpus, selector, stuck_s)
     except ExecutionTimeoutError:
         place.say(f"the cluster did nothing for {stuck_s:g} s: the driver does it")
     except ray.exceptions.RayError as error:
         place.say(f"Ray lost a task: the driver does it ({' '.join(str(error).split())[:200]})")
+
+
+def _mapped(
+    work: Work, tasks: list[str], at_once: int, selector: dict[str, str] | None, stuck_s: float
+) -> Iterator[dict[str, str]]:
+    """Yields the answers to tasks as Ray Data gets them; raises ExecutionTimeoutError when it gets none for long."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = False
+    rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
+    # Tasks rather than actors: the next stage finds their processes running, which take seconds to start.
+    compute = ray.data.TaskPoolStrategy(size=min(len(tasks), at_once))
+    answers = rows.map(work, num_cpus=1, compute=compute, label_selector=selector)
+    answers.context.execution_no_progress_timeout_s = stuck_s
+    yield from answers.iter_rows()
 
 
 def _offer(reserved_cpus: float) -> tuple[int, dict[str, str] | None]:
@@ -246,23 +261,14 @@ def _offer(reserved_cpus: float) -> tuple[int, dict[str, str] | None]:
     return int(sum(node.get("CPU", 0) for node in nodes) - reserved_cpus), None
 
 
-def _gets_a_cpu(selector: dict[str, str] | None) -> bool:
+def _gets_a_cpu(selector: dict[str, str] | None, is_left: Callable[[], bool]) -> bool:
     """Returns whether a task gets a CPU now."""
     import ray
 
     probe = ray.remote(lambda: None).options(num_cpus=1, label_selector=selector).remote()
-    started, _ = ray.wait([probe], timeout=PROBE_S)
-    if not started:
+    deadline_s, started = time.monotonic() + PROBE_S, []
+    while not started and time.monotonic() < deadline_s and not is_left():
+        started, _ = ray.wait([probe], timeout=0.2)
+    if not started and not is_left():
         ray.cancel(probe)
     return bool(started)
-
-
-def _be_quiet() -> None:
-    """Lets Ray Data print nothing, and hand out receipts as they come."""
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = False

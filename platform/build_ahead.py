@@ -6,6 +6,7 @@ last row is covered. The loaders of the training workers find a finished pass by
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -18,7 +19,7 @@ from openmoe.platform import run_length
 from openmoe.platform.spec import RunSpec
 
 POLL_S = 2.0
-CLOSE_S = 2.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
+CLOSE_S = 1.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
 
 
 def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], None]) -> tuple[Manifest, RunSpec]:
@@ -77,10 +78,10 @@ class BuildAhead:
         self._passes = passes.Passes(manifest)
         self._batch_rows = spec.train.batch_rows
         self._last_row = spec.train.total_steps * self._batch_rows
-        self._position_steps, self._report = position_steps, report
+        self._position_steps, self._report, self._told = position_steps, report, say
         workers_cpus = spec.cluster.num_workers * spec.cluster.cpus_per_worker
-        self._place = Workplace(reserved_cpus=workers_cpus, say=_once(say))
         self._stop = threading.Event()
+        self._place = Workplace(reserved_cpus=workers_cpus, say=_once(self._say), is_left=self._stop.is_set)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="build-ahead", daemon=True)
 
@@ -97,30 +98,29 @@ class BuildAhead:
         """Ends the thread; what it has not finished is built by the next attempt."""
         self._stop.set()
         self._thread.join(CLOSE_S)
+        if self._thread.is_alive():  # Ray Data will lose its Ray, and say so at length
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
     def check(self) -> None:
         """Raises what stopped the building, if anything did: DataError when the data cannot be used."""
         if self._failure is not None:
             raise self._failure
 
+    def _say(self, line: str) -> None:
+        if not self._stop.is_set():  # what Ray says when it is shut down is no news
+            self._told(line)
+
     def _work(self) -> None:
         try:
-            while passes.lacking(self._passes, self._last_row):
+            while passes.lacking(self._passes, self._last_row) and not self._stop.is_set():
                 row = self._position_steps() * self._batch_rows
                 if wanted := passes.coming(self._passes, row, self._last_row, ahead=1):
-                    build.pack(self._passes, wanted, self._report_or_stop, self._place)
+                    build.pack(self._passes, wanted, self._report, self._place)
                 elif self._stop.wait(POLL_S):
                     return
-        except _Stopped:
-            return
         except Exception as error:
             if not self._stop.is_set():
                 self._failure = error
-
-    def _report_or_stop(self, stage: str, done: int, total: int, unit: str) -> None:
-        self._report(stage, done, total, unit)
-        if self._stop.is_set():
-            raise _Stopped
 
 
 def _once(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -133,7 +133,3 @@ def _once(say: Callable[[str], None]) -> Callable[[str], None]:
             say(line)
 
     return say_new
-
-
-class _Stopped(Exception):
-    """The attempt ended before the build."""

@@ -53,7 +53,8 @@ def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple) ->
             show.say(f"to train on: {run_length.longer(spec.train)}, or another run_dir to start over")
             return 0
         try:
-            with stops_raise(), ray_session.started(spec.cluster) as where:
+            # The second time because Ray, when it starts, puts handlers of its own in their place.
+            with stops_raise(), ray_session.started(spec.cluster) as where, stops_raise():
                 show.say(f"Ray: {where}")
                 return _train(spec, run, instances, show)
         except Stopped:

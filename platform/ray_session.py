@@ -25,6 +25,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         os.environ.update(local_ray.environment())
     if address or cluster.dashboard_port is not None:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # the dashboard's Train page; costs 10 s at start
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that outlives `ray.shutdown` would start another Ray
     import ray
 
     if ray.is_initialized():

@@ -117,7 +117,7 @@ def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, mon
 
 
 def test_a_cpu_that_is_taken_just_before_the_tasks_come_does_not_stop_them(first, no_free_cpu, monkeypatch):
-    monkeypatch.setattr(build, "_gets_a_cpu", lambda selector: True)
+    monkeypatch.setattr(build, "_gets_a_cpu", lambda selector, is_left: True)
     monkeypatch.setattr(build, "PACK_STUCK_S", 1.0)
     monkeypatch.setattr(build, "TOKENIZE_STUCK_S", 1.0)
     _, manifest, resolved = first(1.1, "cluster.cpus_per_worker=0.5", "data.group_tokens=20000")

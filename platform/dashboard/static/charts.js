@@ -137,7 +137,7 @@ export class LineChart {
     const { ctx, bbox } = u;
     const places = this.model.marks.map((mark) => [u.valToPos(mark[this.model.axis], "x", true), mark]);
     const visible = places.filter(([x]) => x >= bbox.left - 1 && x <= bbox.left + bbox.width + 1);
-    const crowded = visible.length > 30 * (bbox.width / devicePixelRatio / 1000);
+    const crowded = visible.length > 60 * (bbox.width / devicePixelRatio / 1000);
     ctx.save();
     for (const [x, mark] of visible) {
       if (crowded && !mark.mood) continue;

@@ -63,7 +63,7 @@ export function setServerTime(seconds) {
   serverAhead = seconds - Date.now() / 1000;
 }
 export const now = () => Date.now() / 1000 + serverAhead;
-export const ago = (seconds) => (now() - seconds < 2 ? "just now" : `${duration(now() - seconds)} ago`);
+export const ago = (seconds) => (now() - seconds < 2 ? "just now" : `${duration(Math.round(now() - seconds))} ago`);
 
 const KINDS = {
   good: ["training", "finished", "running", "succeeded", "ready", "done"],

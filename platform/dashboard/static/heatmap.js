@@ -15,12 +15,12 @@ export class HeatMap {
     this.canvas.addEventListener("pointerleave", () => this.#read(null));
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
     this.canvas.addEventListener("blur", () => this.#read(null));
-    onThemeChange(() => this.load && this.show(this.load));
+    onThemeChange(() => this.load && this.show(this.load, this.step));
   }
 
-  // load: {width: steps a column, columns: [[column, [layer][expert] percent of an even share]]}
-  show(load) {
-    this.load = load;
+  // load: {width: steps a column, columns: [[column, [layer][expert] percent of an even share]]}; step: the newest one
+  show(load, step) {
+    Object.assign(this, { load, step });
     const [first, experts] = [load.columns[0][0], load.columns[0][1][this.layer].length];
     const wide = load.columns.at(-1)[0] - first + 1;
     Object.assign(this, { first, experts, wide });
@@ -36,7 +36,7 @@ export class HeatMap {
       );
     context.putImageData(image, 0, 0);
     this.rows.replaceChildren(...(experts > 1 ? ["0", String(experts - 1)] : ["0"]).map((n) => el("span", {}, n)));
-    const last = (load.columns.at(-1)[0] + 1) * load.width;
+    const last = Math.min((load.columns.at(-1)[0] + 1) * load.width, step);
     this.steps.replaceChildren(el("span", {}, `step ${whole(first * load.width + 1)}`), el("span", {}, whole(last)));
     this.#read(this.cell ?? null);
   }

@@ -48,8 +48,9 @@ function jobs() {
   if (!page.jobs.length)
     return section("What is asked for?", "", el("p", { class: "empty" }, "No job. ", code("openmoe submit RUN.yaml"), " asks for one."));
   const byKey = new Map(page.runs.map((run) => [run.key, run]));
+  const newestOf = new Map(page.jobs.toReversed().map((job) => [job.run, job.id])); // older ones are not about how far it is now
   const rows = page.jobs.slice(0, 50).map((job) => {
-    const run = byKey.get(job.run);
+    const run = newestOf.get(job.run) === job.id ? byKey.get(job.run) : null;
     const name = job.run ? el("a", { href: `/runs/${job.run}`, "data-key": `job-${job.id}` }, job.id) : job.id;
     return el("tr", {},
       cell([name, job.schedule ? el("div", { class: "note" }, `schedule ${job.schedule}`) : null]),

@@ -98,7 +98,7 @@ export class RunPage {
     renew(
       this.jobs,
       el("header", {}, el("h2", {}, "What does the controller want?"), jobs.length > 5 ? el("p", { class: "note" }, `newest 5 of ${jobs.length} jobs`) : null),
-      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["job", "state", "attempt", "cluster", "reason", "changed"].map((name) => el("th", { scope: "col", class: name === "attempt" ? "num" : null }, name)))), el("tbody", {}, rows))),
+      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["job", "state", "attempt", "cluster", "reason", "changed"].map((name) => el("th", { scope: "col", class: ["attempt", "changed"].includes(name) ? "num" : null }, name)))), el("tbody", {}, rows))),
     );
   }
 
@@ -124,7 +124,7 @@ export class RunPage {
       const body = layers ? el("div", { class: "load-grid" }, this.heatMaps.map((map) => map.box)) : el("p", { class: "empty" }, "No step of a layer with experts has been recorded yet.");
       this.load.replaceChildren(heading, body);
     }
-    for (const map of this.heatMaps) map.show(load);
+    for (const map of this.heatMaps) map.show(load, this.snapshot.figures.step);
   }
 
   #showHistory() {
@@ -253,8 +253,11 @@ function incarnationTable(incarnations, all, showAll) {
   const rows = shown.map((view) => {
     const end = view.ending;
     const undone = view.last_step !== null && view.last_step > view.kept_step ? `, ${whole(view.last_step - view.kept_step)} trained again` : "";
-    const details = [...(end?.evidence ?? []).map((line) => el("div", { class: "note" }, line)), end?.trace ? el("details", { "data-key": `trace-${view.number}` }, el("summary", { class: "note" }, "trace"), el("pre", {}, end.trace)) : null];
-    const where = view.hosts.length ? `${view.hosts.slice(0, 4).join(", ")}${view.hosts.length > 4 ? ` and ${view.hosts.length - 4} more` : ""}` : view.processes ? `${plural(view.processes, "process", "processes")}, ${plural(view.devices, "device")}` : "";
+    const shown = [...(end?.evidence ?? []), end?.trace].filter(Boolean);
+    const details = shown.length ? el("details", { "data-key": `evidence-${view.number}` }, el("summary", { class: "note" }, "evidence"), shown.map((text) => el("pre", {}, text))) : null;
+    const hosts = view.hosts.toSorted().slice(0, 4).map((host) => el("div", { class: "host" }, host));
+    if (view.hosts.length > hosts.length) hosts.push(`and ${view.hosts.length - hosts.length} more`);
+    const where = hosts.length ? hosts : view.processes ? `${plural(view.processes, "process", "processes")}, ${plural(view.devices, "device")}` : "";
     return el("tr", { id: `incarnation-${view.number}` },
       el("td", { class: "num" }, String(view.number)),
       el("td", { class: "num" }, moment(view.claimed_s)),
