@@ -8,10 +8,12 @@ neither, so the mark says whom to end.
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -23,16 +25,41 @@ class Process:
     """A process that is told from a later one of the same id by the time of its start."""
 
     pid: int
-    created_s: float
+    started: str
+    """On Linux "<boot id>/<clock ticks from that boot to its start>", elsewhere psutil's Unix time in seconds."""
 
     @property
     def alive(self) -> bool:
         """Whether it still runs; a process that ended and was not waited for does not."""
         try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.created_s and process.status() != psutil.STATUS_ZOMBIE
+            return _look(self.pid) == (self.started, False)
         except psutil.NoSuchProcess:
             return False
+
+
+class _Look(NamedTuple):
+    started: str
+    is_zombie: bool
+
+
+def _look(pid: int) -> _Look:
+    """Returns what a process is known by, as in `Process`, and whether it ended and was not waited for.
+
+    psutil would add the boot's Unix time to the ticks, and that moves whenever the clock is set.
+
+    Raises:
+      psutil.NoSuchProcess: there is none of this id.
+    """
+    if not sys.platform.startswith("linux"):
+        process = psutil.Process(pid)
+        return _Look(repr(process.create_time()), process.status() == psutil.STATUS_ZOMBIE)
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise psutil.NoSuchProcess(pid) from error
+    fields = stat.rpartition(")")[2].split()  # from the third on: the second, its name, may hold spaces and brackets
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return _Look(f"{boot_id}/{fields[22 - 3]}", fields[0] == "Z")
 
 
 def start(command: Sequence[str], *, mark: str, environment: Mapping[str, str], log: Path, folder: Path) -> Process:
@@ -52,7 +79,7 @@ def start(command: Sequence[str], *, mark: str, environment: Mapping[str, str], 
 
 def identify(pid: int) -> Process:
     """Names a living process so that it is recognised later."""
-    return Process(pid=pid, created_s=psutil.Process(pid).create_time())
+    return Process(pid=pid, started=_look(pid).started)
 
 
 def children(process: Process, names: Sequence[str]) -> list[Process]:
@@ -73,7 +100,8 @@ def marked(wanted: Callable[[str], bool]) -> list[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             below.setdefault(process.ppid(), []).append(process)
-            if wanted(process.environ().get(MARK, "")):
+            mark = process.environ().get(MARK)
+            if mark and wanted(mark):  # never one without a mark, whatever is asked for
                 found[process.pid] = process
     unseen = list(found)
     while unseen:

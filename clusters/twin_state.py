@@ -122,10 +122,14 @@ class Cluster:
         provider.replace_file(self.state_dir / "nodes" / f"{node.name}.json", json.dumps(asdict(node), indent=2))
 
     def nodes(self) -> dict[str, Node]:
-        """Returns what was started, by name."""
+        """Returns what was started, by name.
+
+        Raises:
+          TwinError: a record is damaged, or of another version.
+        """
         found = {}
         for path in (self.state_dir / "nodes").glob("*.json"):
-            with contextlib.suppress(FileNotFoundError):  # taken down while we read
+            with contextlib.suppress(FileNotFoundError), _named(path, self.state_dir):  # taken down while we read
                 values = json.loads(path.read_text())
                 values["processes"] = tuple(Process(**process) for process in values["processes"])
                 found[values["name"]] = Node(**values)
@@ -140,13 +144,21 @@ def load(state_dir: Path) -> Cluster | None:
     """
     path = state_dir / "cluster.json"
     try:
-        values = json.loads(path.read_text())
-        spec = ClusterSpec.model_validate_json(json.dumps(values.pop("spec")))
-        return Cluster(state_dir=state_dir, spec=spec, temp_dir=Path(values.pop("temp_dir")), **values)
+        with _named(path, state_dir):
+            values = json.loads(path.read_text())
+            spec = ClusterSpec.model_validate_json(json.dumps(values.pop("spec")))
+            return Cluster(state_dir=state_dir, spec=spec, temp_dir=Path(values.pop("temp_dir")), **values)
     except FileNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def _named(record: Path, state_dir: Path) -> Generator[None]:
+    """Names the record that cannot be understood."""
+    try:
+        yield
     except (ValueError, TypeError, KeyError) as error:
-        raise TwinError(f"{path}: not what this version writes; end its processes and remove {state_dir}") from error
+        raise TwinError(f"{record}: not what this version writes; end its processes and remove {state_dir}") from error
 
 
 @contextlib.contextmanager

@@ -1,13 +1,10 @@
-"""Parameters, arithmetic and memory of a model, from its settings alone. Imports nothing heavy."""
+"""Parameters and arithmetic of a model, from its settings alone. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
 
 from openmoe.model.config import ModelConfig
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +69,6 @@ def flops_per_token(config: ModelConfig, *, seq_len: int) -> int:
     head = parameter_counts(config).head
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * seq_len
     return 6 * (active_parameters(config) + head) + attention
-
-
-def parameter_bytes(config: ModelConfig, dtype: Literal["float32", "bfloat16"]) -> int:
-    """Returns the memory of all parameters in the given type; training keeps them in float32."""
-    return parameter_counts(config).total * _BYTES[dtype]
 
 
 def _ffn(config: ModelConfig) -> int:

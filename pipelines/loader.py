@@ -83,7 +83,7 @@ class Loader:
         Args:
           hi: rows wanted.
           timeout_s: how long to wait at most.
-          on_wait: told once, in words, which pass is missing, if there is anything to wait for.
+          on_wait: told, each time it looks in vain, which pass is missing, in words.
 
         Returns:
           Seconds waited; 0 when the rows were there.
@@ -91,23 +91,21 @@ class Loader:
         Raises:
           DataError: they are not there in time; it names the missing pass.
         """
-        start_s = time.monotonic()
-        waits = False
+        start_s, waited_s = time.monotonic(), 0.0
         while hi > self._num_rows:
             self._passes.refresh()
             self._count_rows()
             if hi <= self._num_rows:
                 break
-            if not waits:
-                on_wait(self._missing())
-            elif time.monotonic() - start_s > timeout_s:
+            if waited_s > timeout_s:
                 raise DataError(
                     f"{self._manifest.path}: {self._missing()} was not built within {timeout_s:g} s; "
                     "the driver's log says why"
                 )
-            waits = True
+            on_wait(self._missing())
             time.sleep(POLL_S)
-        return time.monotonic() - start_s if waits else 0.0
+            waited_s = time.monotonic() - start_s
+        return waited_s
 
     def _missing(self) -> str:
         """Returns in words which pass the first row that is not built belongs to."""

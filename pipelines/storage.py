@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import functools
 import glob as local_glob
 import hashlib
@@ -15,7 +16,8 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Generator, Iterable
+import stat
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +26,10 @@ _GS = "gs://"
 
 class StorageError(ValueError):
     """A file cannot be read or written; one line: the path, the reason, the remedy where there is one."""
+
+
+class StorageUnavailable(StorageError):
+    """The storage did not answer, or not in time; trying again may help."""
 
 
 class FileInfo(NamedTuple):
@@ -173,14 +179,43 @@ def for_pyarrow(folder: str) -> dict[str, Any]:
 
 
 def glob(pattern: str) -> list[str]:
-    """Returns the sorted paths of the files that match; `**` crosses folders."""
-    with _explained(pattern, "be listed"):
-        if is_remote(pattern):
+    """Returns the sorted paths of the files that match; `**` crosses folders, but no links to folders."""
+    if is_remote(pattern):
+        with _explained(pattern, "be listed"):
             return sorted(_GS + name for name, e in _gcs().glob(pattern, detail=True).items() if e["type"] == "file")
-        found = sorted(p for p in local_glob.glob(pattern, recursive=True) if Path(p).is_file())
-        if not found and (folder := Path(pattern).parent).is_dir():
-            any(folder.iterdir())  # glob takes a folder that cannot be read for an empty one
-        return found
+    root = "/" if pattern.startswith("/") else ""
+    return sorted(set(_matching(root, pattern.removeprefix("/").split("/"))))
+
+
+def _matching(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """Yields the local files below `folder` ("" or ending in a slash) that match, part by part.
+
+    Unlike the standard library's glob it does not take a folder that cannot be read for an empty one.
+    """
+    part, rest = parts[0], parts[1:]
+    if part == "**" and rest:
+        yield from _matching(folder, rest)
+    for name, kind in _entries(folder, part):
+        if kind == "file" and not rest:
+            yield f"{folder}{name}"
+        elif part == "**" and kind == "folder":
+            yield from _matching(f"{folder}{name}/", parts)
+        elif part != "**" and kind != "file" and rest:
+            yield from _matching(f"{folder}{name}/", rest)
+
+
+def _entries(folder: str, part: str) -> Iterator[tuple[str, str]]:
+    """Yields name and kind (file, folder, link to a folder) of what matches `part` in a local folder."""
+    if local_glob.has_magic(part):
+        with _explained(folder, "be listed"), os.scandir(folder or ".") as entries:
+            for entry in entries:
+                if fnmatch.fnmatchcase(entry.name, part) and not entry.name.startswith("."):
+                    folder_kind = "link" if entry.is_symlink() else "folder"
+                    yield entry.name, folder_kind if entry.is_dir() else "file"
+        return
+    with _explained(f"{folder}{part}", "be looked up"), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        is_folder = stat.S_ISDIR(os.stat(f"{folder}{part}").st_mode)  # noqa: PTH116
+        yield part, "folder" if is_folder else "file"
 
 
 def local_copy(path: str, cache_dir: str, *, sha256: str) -> str:
@@ -245,7 +280,8 @@ def _explained(path: str, verb: str) -> Generator[None]:
     try:
         yield
     except (OSError, *_remote_failures(path)) as error:
-        raise StorageError(f"{path}: cannot {verb}: {_reason(error)}") from error
+        kind = StorageUnavailable if isinstance(error, _remote_failures(path)) and _may_pass(error) else StorageError
+        raise kind(f"{path}: cannot {verb}: {_reason(error)}") from error
 
 
 def _remote_failures(path: str) -> tuple[type[Exception], ...]:
@@ -256,6 +292,14 @@ def _remote_failures(path: str) -> tuple[type[Exception], ...]:
     import google.auth.exceptions
 
     return gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
+
+
+def _may_pass(error: Exception) -> bool:
+    """Returns whether a failure of the network or the service is one of those that pass by themselves."""
+    if (retryable := getattr(error, "retryable", None)) is not None:  # of google.auth
+        return retryable
+    code = str(getattr(error, "code", None))  # of HTTP, where it came to an answer
+    return not code.isdigit() or int(code) in (408, 429) or int(code) >= 500
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ import sentencepiece
 
 from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataError
+from openmoe.pipelines.storage import StorageError
 
 _BUILTIN = "builtin:"
 
@@ -84,10 +85,19 @@ def load(uri: str) -> Tokenizer:
 
 def _model_bytes(uri: str) -> bytes:
     if not uri.startswith(_BUILTIN):
-        return storage.read_bytes(uri)
+        return _file_bytes(uri)
     assets = importlib.resources.files("openmoe.pipelines.assets")
     file = assets / f"{uri.removeprefix(_BUILTIN)}.model"
     if not file.is_file():
         known = sorted(f"{_BUILTIN}{f.name.removesuffix('.model')}" for f in assets.iterdir() if ".model" in f.name)
         raise DataError(f"tokenizer: {uri} does not exist; built in: {', '.join(known)}")
     return file.read_bytes()
+
+
+def _file_bytes(uri: str) -> bytes:
+    try:
+        return storage.read_bytes(uri)
+    except StorageError as error:
+        if isinstance(error.__cause__, IsADirectoryError):
+            raise DataError(f"tokenizer: {uri} is a folder; give a spiece.model file") from error
+        raise

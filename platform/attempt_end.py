@@ -29,8 +29,8 @@ class End:
       exit_code: of the driver's process, if it ended by itself.
       message: Ray's words, with the driver's last lines.
       error_type: Ray's name of the failure, if it has one.
-      ended: the newest `ended` record that the driver of this attempt journalled, if any.
-      finished: the run directory says that the run has all its steps.
+      ended: the newest `ended` record in the run's journal that carries this submission, if any.
+      finished: the run directory says that this submission has done the run's last step.
       step: of the newest accepted checkpoint.
     """
 

@@ -40,7 +40,7 @@ def main() -> None:
         if not isinstance(error, _bad_input()):
             raise
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if _may_pass(error) else 2)
 
 
 def _bad_input() -> tuple[type[ValueError], ...]:
@@ -58,15 +58,22 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     return (*ours, DashboardError)
 
 
+def _may_pass(error: ValueError) -> bool:
+    from openmoe.pipelines.storage import StorageUnavailable
+
+    return isinstance(error, StorageUnavailable)
+
+
 @app.command()
 def quickstart(
+    overrides: Overrides = None,
     new: Annotated[bool, typer.Option("--new", help="Start over even if the quickstart run is finished.")] = False,
     run_dir: Annotated[str | None, typer.Option(help="Where the run is kept; default as in the run file.")] = None,
 ) -> None:
     """Train a small OpenMoE on Python's own text and code."""
     from openmoe.platform import quickstart as quickstart_module
 
-    raise typer.Exit(quickstart_module.main(new=new, run_dir=run_dir))
+    raise typer.Exit(quickstart_module.main(new=new, run_dir=run_dir, overrides=overrides or ()))
 
 
 @app.command()
@@ -76,6 +83,7 @@ def train(
     cluster: Annotated[
         str | None, typer.Option(metavar="FILE", help="Cluster file: where the provider's records are.")
     ] = None,
+    attempt: Annotated[str, typer.Option(metavar="NAME", help="What the run's records call this driver.")] = "",
 ) -> None:
     """Train a run, or go on with it where it stopped."""
     from openmoe.platform import instances, spec
@@ -85,7 +93,7 @@ def train(
 
     from openmoe.platform import driver  # imports Ray: only once the run file is known to be good
 
-    raise typer.Exit(driver.train(loaded, read_instances))
+    raise typer.Exit(driver.train(loaded, read_instances, attempt))
 
 
 app.command()(cli_jobs.up)
@@ -134,12 +142,15 @@ def runs(
             run.state,
             f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}",
             "" if run.loss is None else f"{run.loss:.4f}",
-            f"{datetime.fromtimestamp(run.updated_s).astimezone():%Y-%m-%d %H:%M:%S}",
+            f"{datetime.fromtimestamp(run.updated_s).astimezone():%Y-%m-%d %H:%M:%S}" if run.updated_s else "",
             run.path,
         )
         for run in found
     ]
     tables.show("", ("run", "state", "step", "loss", "updated", "run directory"), rows)
+    for run in found:
+        if run.problem:
+            print(run.problem, file=sys.stderr)
 
 
 @app.command()
@@ -175,11 +186,12 @@ def data_build(run: Run, overrides: Overrides = None) -> None:
 
     loaded = spec.load(run, overrides or ())
 
-    from openmoe.platform import build_ahead, driver, progress, ray_session, spec_paths
+    from openmoe.platform import build_ahead, driver, progress, ray_session, spec_paths, validate
 
     loaded = spec_paths.with_absolute_paths(loaded)
+    validate.check_tokenizer(loaded)
     with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
-        driver.check_data(loaded)
+        driver.write_sample_corpus(loaded)
         build_ahead.build_all(loaded, show, show.say)
 
 

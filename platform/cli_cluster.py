@@ -1,8 +1,10 @@
 """`openmoe cluster`: a cluster on this machine, up and down, and a slice taken away."""
 
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,25 +27,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
 @app.command()
-def up(cluster: ClusterArgument = None) -> None:
+def up(cluster: ClusterArgument = None, as_json: Json = False) -> None:
     """Start a cluster on this machine, or what died of it."""
     from openmoe.clusters import twin, twin_state
 
     spec = spec_of(cluster)
     try:
-        connection = twin.up(spec, state_dir(spec.name), _say)
+        connection = twin.up(spec, state_dir(spec.name), _say(as_json))
     except twin_state.StartFailed as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from error
-    _show_connection(spec.name, connection)
+    if as_json:
+        _print_json(dataclasses.asdict(twin.status(state_dir(spec.name))))
+    else:
+        _show_connection(spec.name, connection)
 
 
 @app.command()
-def down(cluster: ClusterArgument = None) -> None:
+def down(cluster: ClusterArgument = None, as_json: Json = False) -> None:
     """End a cluster's processes and remove its files."""
     from openmoe.clusters import twin
 
-    twin.down(state_dir(name_of(cluster)), _say)
+    name = name_of(cluster)
+    was_up = (state_dir(name) / "cluster.json").exists()
+    twin.down(state_dir(name), _say(as_json))
+    if as_json:
+        _print_json({"down": name, "was_up": was_up})
 
 
 @app.command()
@@ -53,9 +62,9 @@ def status(cluster: ClusterArgument = None, as_json: Json = False) -> None:
 
     found = twin.status(state_dir(name_of(cluster)))
     if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=2, default=str))
-        return
-    _show_status(found)
+        _print_json(dataclasses.asdict(found))
+    else:
+        _show_status(found)
 
 
 @app.command()
@@ -64,14 +73,17 @@ def preempt(
         list[str], typer.Argument(metavar="[CLUSTER] SLICE", help="The slice, such as slice-a, and whose it is.")
     ],
     grace_s: Annotated[float, typer.Option("--grace", min=0, metavar="S", help="Seconds of notice.")] = 0,
+    as_json: Json = False,
 ) -> None:
     """Take a slice away, as a cloud does with spot machines."""
     from openmoe.clusters import twin
 
     if len(names) > 2:
         raise typer.BadParameter(f"a cluster and a slice at most, got {' '.join(names)}", param_hint="SLICE")
-    cluster = names[0] if len(names) == 2 else None
-    twin.preempt(state_dir(name_of(cluster)), names[-1], grace_s, _say)
+    name = name_of(names[0] if len(names) == 2 else None)
+    twin.preempt(state_dir(name), names[-1], grace_s, _say(as_json))
+    if as_json:
+        _print_json({"preempted": names[-1], "cluster": name, "grace_s": grace_s})
 
 
 def state_dir(name: str) -> Path:
@@ -120,8 +132,13 @@ def _clusters() -> Path:
     return home.home() / "clusters"
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(as_json: bool) -> Callable[[str], None]:
+    """Returns what prints a line at once; where JSON is asked for, stdout is left to that."""
+    return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, default=str))
 
 
 def _show_connection(name: str, connection: "Connection") -> None:

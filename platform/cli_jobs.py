@@ -47,7 +47,7 @@ def submit(
     home = home_folder.home()
     request = job_request.resolve(run, overrides or (), cluster or cluster_access.only_cluster(home))
     cluster_access.check_known(request.cluster, home)
-    store = _store()
+    store = store_of_home()
     _refuse_second(store, request.run_dir)
     job, _ = store.apply(request.submitted(store.new_id(request.name), time.time()))
     if as_json:
@@ -68,17 +68,16 @@ def list_jobs(
     from openmoe.platform import job as job_module
     from openmoe.platform import tables
 
-    store = _store()
-    jobs = list(store.jobs().values())
-    if as_json:
-        print(json.dumps([_as_json(job) for job in jobs], indent=2))
-        return
+    jobs = list(store_of_home().jobs().values())
     recent = [j for j in jobs if everything or j.state not in job_module.DONE or j.changed_s > time.time() - 86_400]
+    why = _waiting(jobs)
+    if as_json:
+        print(json.dumps([_as_json(job) | {"waiting": why.get(job.id)} for job in recent], indent=2))
+        return
     if not recent:
         old = f"; {len(jobs)} older ones: openmoe jobs list --all" if jobs else ""
         print(f"no jobs{old or '; `openmoe submit RUN` makes one'}")
         return
-    why = _waiting(jobs)
     rows = [(j.id, _state(j), j.attempt, j.cluster, _when(j.changed_s), _reason(j, why)) for j in recent]
     tables.show("", ("job", "state", "attempt", "cluster", "since", "reason"), rows)
 
@@ -88,16 +87,18 @@ def show(job: JobId, as_json: Json = False) -> None:
     """Show one job: state, budgets, run, and what it died of."""
     from openmoe.platform import run_dir, tables
 
-    store = _store()
+    store = store_of_home()
     found = store.job(job)
     run = run_dir.RunDir(found.run_dir)
     newest = run.newest_accepted()
+    why = _waiting(store.jobs().values())
     if as_json:
-        more = {"run_file": found.run_file, "cluster_file": found.cluster_file, "step": newest.step if newest else 0}
-        print(json.dumps(_as_json(found) | more, indent=2))
+        files = {"run_file": found.run_file, "cluster_file": found.cluster_file}
+        more = {"waiting": why.get(found.id), "step": newest.step if newest else 0}
+        print(json.dumps(_as_json(found) | files | more, indent=2))
         return
     spent = ", ".join(f"{cause} {n} of {found.budgets.get(cause, 0)}" for cause, n in found.spent.items())
-    reason = _reason(found, _waiting(store.jobs().values()))
+    reason = _reason(found, why)
     rows = [
         ("state", _state(found) + (f": {reason}" if reason else "")),
         ("attempt", str(found.attempt) + (f", in Ray {found.submission_id}" if found.attempt else "")),
@@ -120,7 +121,7 @@ def story(job: JobId, as_json: Json = False) -> None:
     from openmoe.platform import story as story_module
     from openmoe.platform import story_records
 
-    store = _store()
+    store = store_of_home()
     sentences = story_records.of_job(store, store.job(job))
     if as_json:
         print(json.dumps([asdict(sentence) for sentence in sentences], indent=2))
@@ -133,20 +134,23 @@ def logs(
     job: JobId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job is done.")] = False,
     attempt: Annotated[int | None, typer.Option(min=1, help="An earlier attempt's.")] = None,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only; with -f, a line for each part.")] = False,
 ) -> None:
     """Print what a job's driver printed, of the newest attempt."""
     from openmoe.platform import job_logs
 
-    store = _store()
+    store = store_of_home()
     found = store.job(job)
-    if follow and not as_json:
+    if follow:
         for text in job_logs.follow(store, found.id, _home(), attempt=attempt, period_s=_FOLLOW_S):
-            print(text, end="", flush=True)
+            print(json.dumps({"text": text}) + "\n" if as_json else text, end="", flush=True)
         return
     number = attempt or found.attempt
     text = job_logs.read(found, _home(), number)
-    print(json.dumps({"job": found.id, "attempt": number, "logs": text}, indent=2) if as_json else text, end="")
+    if as_json:
+        print(json.dumps({"job": found.id, "attempt": number, "logs": text}, indent=2))
+        return
+    print(text, end="")
 
 
 @app.command()
@@ -154,7 +158,7 @@ def cancel(job: JobId, as_json: Json = False) -> None:
     """Stop a job; its run stays resumable."""
     from openmoe.platform import job_events
 
-    store = _store()
+    store = store_of_home()
     found, _ = store.apply(job_events.CancelAsked(job_id=store.job(job).id, time_s=time.time()))
     _report(found, f"{found.id} is {_state(found)}; its run can go on later", as_json=as_json)
 
@@ -164,7 +168,7 @@ def retry(job: JobId, as_json: Json = False) -> None:
     """Let a failed or cancelled job go on, with fresh budgets."""
     from openmoe.platform import job_events
 
-    store = _store()
+    store = store_of_home()
     found = store.job(job)
     _refuse_second(store, found.run_dir)
     found, _ = store.apply(job_events.RetryAsked(job_id=found.id, time_s=time.time()))
@@ -203,7 +207,8 @@ def _home() -> "Path":
     return home.home()
 
 
-def _store() -> "JobStore":
+def store_of_home() -> "JobStore":
+    """Opens the controller's database of this machine."""
     from openmoe.platform.job_store import JobStore
 
     return JobStore(_home() / "controller.db")

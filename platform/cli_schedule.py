@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from openmoe.platform.cli_jobs import Json, store_of_home
+
 if TYPE_CHECKING:
-    from openmoe.platform.cron import Schedule
+    from openmoe.platform.cron import Schedule, ScheduleEvent
     from openmoe.platform.job_store import JobStore
 
 app = typer.Typer(help="Start runs at set times.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A schedule's name.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 _NUM_SHOWN = 3
 
 
@@ -66,7 +67,7 @@ def add(
     )
     cron_module.check(schedule)
     now_s = time.time()
-    store = _store()
+    store = store_of_home()
     store.apply_all([cron_module.ScheduleAdded(schedule=schedule.name, time_s=now_s, definition=schedule)])
     added = store.schedule(schedule.name)
     if as_json:
@@ -85,7 +86,7 @@ def list_schedules(as_json: Json = False) -> None:
     from openmoe.platform import tables
 
     now_s = time.time()
-    schedules = sorted(_store().schedules().values(), key=lambda schedule: schedule.name)
+    schedules = sorted(store_of_home().schedules().values(), key=lambda schedule: schedule.name)
     if as_json:
         print(json.dumps([_as_json(schedule, now_s) for schedule in schedules], indent=2))
         return
@@ -104,14 +105,17 @@ def list_schedules(as_json: Json = False) -> None:
 
 
 @app.command()
-def remove(name: Name) -> None:
+def remove(name: Name, as_json: Json = False) -> None:
     """Remove a schedule; its jobs go on."""
     from openmoe.platform import cron
 
-    store = _store()
+    store = store_of_home()
     schedule = store.schedule(name)
     store.apply_all([cron.ScheduleRemoved(schedule=name, time_s=time.time())])
     going_on = [job.id for job in _jobs_not_done(store, name)]
+    if as_json:
+        print(json.dumps({"removed": schedule.name, "jobs_not_done": going_on}, indent=2))
+        return
     print(f"{schedule.name} is removed" + (f"; still there: {', '.join(going_on)}" if going_on else ""))
 
 
@@ -120,7 +124,7 @@ def run_now(name: Name, as_json: Json = False) -> None:
     """Submit a schedule's run at once, as a firing would; its other firings stay as they are."""
     from openmoe.platform import cron
 
-    store = _store()
+    store = store_of_home()
     schedule, now_s = store.schedule(name), time.time()
     decision = cron.overlap(schedule, store.jobs().values(), now_s)
     if isinstance(decision, cron.Skip):
@@ -137,30 +141,34 @@ def run_now(name: Name, as_json: Json = False) -> None:
 
 
 @app.command()
-def pause(name: Name) -> None:
+def pause(name: Name, as_json: Json = False) -> None:
     """Let a schedule fire no more until it is resumed; its jobs go on."""
     from openmoe.platform import cron
 
-    store = _store()
-    store.apply_all([cron.SchedulePaused(schedule=store.schedule(name).name, time_s=time.time())])
+    schedule, now_s = _after(cron.SchedulePaused, name)
+    if as_json:
+        print(json.dumps(_as_json(schedule, now_s), indent=2))
+        return
     print(f"{name} is paused; `openmoe schedule resume {name}` lets it fire again")
 
 
 @app.command()
-def resume(name: Name) -> None:
+def resume(name: Name, as_json: Json = False) -> None:
     """Let a paused schedule fire again; nothing is caught up for the pause."""
     from openmoe.platform import cron
 
-    store, now_s = _store(), time.time()
-    store.apply_all([cron.ScheduleResumed(schedule=store.schedule(name).name, time_s=now_s)])
-    schedule = store.schedule(name)
+    schedule, now_s = _after(cron.ScheduleResumed, name)
+    if as_json:
+        print(json.dumps(_as_json(schedule, now_s), indent=2))
+        return
     print(f"{name} fires next at {_local(cron.next_fire(schedule, now_s), schedule.timezone)}")
 
 
-def _store() -> "JobStore":
-    from openmoe.platform import home, job_store
-
-    return job_store.JobStore(home.home() / "controller.db")
+def _after(event: "type[ScheduleEvent]", name: str) -> "tuple[Schedule, float]":
+    """Lets an event happen to a schedule; returns what it is then, and when that is, Unix time."""
+    store, now_s = store_of_home(), time.time()
+    store.apply_all([event(schedule=store.schedule(name).name, time_s=now_s)])
+    return store.schedule(name), now_s
 
 
 def _jobs_not_done(store: "JobStore", schedule: str) -> list[Any]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,9 +23,10 @@ from openmoe.platform import build_ahead, ray_session, report, run_length, spec_
 from openmoe.platform.journal import Journal
 from openmoe.platform.lineage import Claim
 from openmoe.platform.progress import ProgressReport
+from openmoe.platform.report import RunReport
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
-from openmoe.platform.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose
+from openmoe.platform.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
 
 DRIVER = 99_999  # the driver's process number in the journal; workers count from 0
 
@@ -33,17 +35,19 @@ class Stopped(BaseException):
     """Somebody asked the driver to stop: Ctrl-C, or SIGTERM as `ray job stop` sends it."""
 
 
-def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple) -> int:
+def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple, attempt: str = "") -> int:
     """Runs `spec` to its end: data, incarnations, summary.
 
     Args:
       spec: the run.
       instances: reads the provider's records of the machines; none where it keeps none.
+      attempt: what whoever started this driver calls it; its records carry it.
 
     Returns:
       Exit code: 0 the run is finished, 1 it ended before, 2 its input is wrong.
     """
     run = RunDir(spec_paths.absolute(spec.run_dir))
+    validate.check_tokenizer(spec)  # first: a run directory keeps the mathematics it was created with
     run.create(spec)
     spec = spec_paths.with_absolute_paths(spec)
     with ProgressReport() as show:
@@ -56,31 +60,33 @@ def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple) ->
             # The second time because Ray, when it starts, puts handlers of its own in their place.
             with stops_raise(), ray_session.started(spec.cluster) as where, stops_raise():
                 show.say(f"Ray: {where}")
-                return _train(spec, run, instances, show)
+                exit_code, result = _train(spec, run, instances, show, attempt)
         except Stopped:
             show.say(f"stopped on request; the same command goes on from the last checkpoint in {run.path}")
             return 1
+    if result is not None:
+        print("\n".join([f"{spec.name} is finished", *result.lines(run.path)]))
+    return exit_code
 
 
-def _train(spec: RunSpec, run: RunDir, instances: Callable[[], Iterable[Instance]], show: ProgressReport) -> int:
-    """Builds the data that training begins with, and the rest while it trains."""
-    check_data(spec)
+def _train(
+    spec: RunSpec, run: RunDir, instances: Callable[[], Iterable[Instance]], show: ProgressReport, name: str
+) -> tuple[int, RunReport | None]:
+    """Builds the data that training begins with, and the rest while it trains; returns exit code and result."""
+    write_sample_corpus(spec)
     newest = run.newest_accepted()
     manifest, known = build_ahead.build_first(spec, newest.step if newest else 0, show, show.say)
-    attempt = Attempt(known, run, manifest.path, show, instances)
+    attempt = Attempt(known, run, manifest.path, show, instances, name)
     with build_ahead.BuildAhead(known, manifest, attempt.position_steps, show, show.say) as ahead:
         if not attempt.run(ahead.check):
-            return attempt.exit_code
-    result = report.finish(spec, run, manifest.path)
-    print("\n".join([f"{spec.name} is finished", *result.lines(run.path)]))
-    return 0
+            return attempt.exit_code, None
+    return 0, report.finish(spec, run, manifest.path, attempt=name)
 
 
-def check_data(spec: RunSpec) -> None:
-    """Checks the tokenizer, and writes the sample corpus if the run file wants one."""
+def write_sample_corpus(spec: RunSpec) -> None:
+    """Writes the sample corpus if the run file wants one."""
     from openmoe.pipelines import stdlib_corpus
 
-    validate.check_tokenizer(spec)
     if spec.sample_corpus:
         stdlib_corpus.write_corpus(spec.sample_corpus)
 
@@ -95,9 +101,10 @@ class Attempt:
         manifest_path: str,
         show: ProgressReport,
         instances: Callable[[], Iterable[Instance]],
+        name: str = "",
     ) -> None:
         self._spec, self._run, self._manifest_path, self._show = spec, run, manifest_path, show
-        self._instances = instances
+        self._instances, self._name = instances, name
         self._step = 0
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
@@ -148,11 +155,10 @@ class Attempt:
 
         Ray Train waits in a thread of its own, so that a signal to the driver is answered at once.
         """
-        import ray
-
+        from openmoe.platform import board as boards
         from openmoe.platform import hosts, worker, worker_group
 
-        board = worker.start_board()
+        board = boards.start()
         watch = hosts.Watch(self._spec.cluster.num_workers, self._instances)
         config = {
             "spec": self._spec.model_dump_json(),
@@ -162,24 +168,28 @@ class Attempt:
         }
         name = f"{self._spec.name}-{claim.incarnation:06d}"
         ended: Future[Evidence | None] = Future()
+        tell = partial(_tell, board)
         wait = threading.Thread(
-            target=lambda: _settle(ended, worker_group.run_incarnation, worker.work, config, self._spec, name),
+            target=lambda: _settle(ended, worker_group.run_incarnation, worker.work, config, self._spec, name, tell),
             daemon=True,
         )
         wait.start()
-        placed = False
+        placements: dict[int, str] = {}
         while wait.is_alive():
             wait.join(timeout=0.5)
             check()
-            self._show_newest(ray.get(board.take.remote()))
-            if not placed and (places := ray.get(board.placements.remote())).keys() == watch.ranks:
-                placed = True
-                journal.append({"event": "placed", "time_s": time.time(), "hosts": hosts.names(places)})
-                journal.flush()
+            self._show_newest(boards.ask(board.take.remote(), None))
+            if placements.keys() != watch.ranks:
+                placements = boards.ask(board.placements.remote(), placements)
+                if placements.keys() == watch.ranks:
+                    journal.append({"event": "placed", "time_s": time.time(), "hosts": hosts.names(placements)})
+                    journal.flush()
         evidence = ended.result()
         if evidence is None:
             return None
-        return replace(evidence, hosts=watch.look(ray.get(board.placements.remote())))
+        placements = boards.ask(board.placements.remote(), placements)
+        told = boards.ask(board.failures.remote(), {})
+        return replace(evidence.with_told(told), hosts=watch.look(placements))
 
     def _show_newest(self, record: dict[str, Any] | None) -> None:
         if record is not None:
@@ -191,26 +201,32 @@ class Attempt:
     def _judge(self, claim: Claim, journal: Journal, verdict: Verdict) -> Decision:
         """Decides what follows an incarnation, and journals why."""
         newest = self._run.newest_accepted()
-        end = (verdict.trace, newest.step if newest else 0)
+        step = newest.step if newest else 0
         decision = decide(
             verdict,
             self._spec.budgets.model_dump(),
             self._spent,
-            same_trace_without_progress=bool(verdict.trace) and end == self._last_end,
+            same_trace_without_progress=same_end(self._last_end, verdict.trace, step),
         )
-        self._last_end = end
+        if verdict.trace:
+            self._last_end = (verdict.trace, step)
         self._spent[verdict.cause] += 1
-        if verdict.cause == "damaged_checkpoint":
-            self._run.quarantine(claim.resumes, verdict.reason)
-        record = {"event": "ended", "time_s": time.time(), "step": self._step, **asdict(verdict)}
-        journal.append({**record, "decision": asdict(decision)})
-        journal.flush()
         self._show.say(f"incarnation {claim.incarnation} ended, {decision.action}: {decision.reason}")
         for sentence in verdict.evidence:
             self._show.say(f"  {sentence}")
         if decision.action == "stop" and verdict.trace and verdict.cause != "bad_input":
             self._show.say(verdict.trace)
+        # Said first: it may be the disk that ends the run.
+        if verdict.cause == "damaged_checkpoint":
+            self._run.quarantine(claim.resumes, verdict.reason)
+        record = {"event": "ended", "time_s": time.time(), "step": self._step, "attempt": self._name}
+        journal.append({**record, **asdict(verdict), "decision": asdict(decision)})
+        journal.flush()
         return decision
+
+
+def _tell(board: Any, failure: Failure) -> None:
+    board.fail.remote(failure)
 
 
 def _settle(future: Future[Any], function: Callable[..., Any], *arguments: Any) -> None:

@@ -22,7 +22,8 @@ before anything is submitted, so submitting it again after a crash is harmless. 
 about one whose attempt is over, are stale: they change nothing; where they show that it lives, they stop it.
 Losing the cluster is no end: the job keeps its state and is flagged. When the cluster is found again, Ray says whether
 the submission still lives; one that it does not know (`MISSING`) has ended with its cluster, at no cost to the budgets
-of crashes. Time is in the events and never read here.
+of crashes. A job that is cancelled a second time meanwhile is `abandoned`; what lives on of it there, as any submission
+that no job waits for, is one of the `strays`, which are stopped. Time is in the events and never read here.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from openmoe.platform.job_events import (
     Event,
     JobError,
     RaySaw,
+    RayStatus,
     RetryAsked,
     Stop,
     SubmissionAccepted,
@@ -84,10 +86,12 @@ class Job:
       accepted: Ray has the submission of this attempt.
       spent: restarts made, by cause.
       setbacks: faults and refused submissions in a row without progress; the pause grows with them.
-      last_end: (trace, step) of the newest fault; evictions leave it alone.
+      last_end: (trace, step) of the newest end that left a trace, for `verdict.same_end`.
+      last_step: of the newest accepted checkpoint at the newest fault; evictions leave it alone.
       reason: why it is as it is, in words, newest.
       trace: what a failed job died of.
       cluster_lost: the cluster did not answer when last asked.
+      abandoned: it was given up while its cluster was lost, which has not answered since: a submission may live there.
       not_before_s: Unix time before which nothing is submitted for it.
       schedule: name of the schedule that submitted it.
       stop_at_s: Unix time at which its window closes.
@@ -110,9 +114,11 @@ class Job:
     spent: Mapping[str, int] = field(default_factory=dict)
     setbacks: int = 0
     last_end: tuple[str, int] | None = None
+    last_step: int | None = None
     reason: str = ""
     trace: str = ""
     cluster_lost: bool = False
+    abandoned: bool = False
     not_before_s: float = 0.0
     schedule: str | None = None
     stop_at_s: float | None = None
@@ -158,15 +164,16 @@ def transition(job: Job | None, event: Event) -> tuple[Job, list[Action]]:
         event.submission_id != job.submission_id or job.state == "queued" or job.state in DONE
     ):
         return job, _stop_stray(job, event)
+    known = replace(job, abandoned=False) if isinstance(event, ClusterFound) else job
     match job.state:
         case "queued":
-            after, actions = _queued(job, event)
+            after, actions = _queued(known, event)
         case "starting" | "running":
-            after, actions = _at_work(job, event)
+            after, actions = _at_work(known, event)
         case "stopping":
-            after, actions = _stopping(job, event)
+            after, actions = _stopping(known, event)
         case _:
-            after, actions = _done(job, event)
+            after, actions = _done(known, event)
     return (job if after == job else replace(after, changed_s=event.time_s)), actions
 
 
@@ -183,6 +190,31 @@ def pending(job: Job) -> list[Action]:
         case "stopping":
             return [Stop(job_id=job.id, submission_id=job.submission_id)]
     return []
+
+
+def needs_cluster(job: Job, now_s: float) -> bool:
+    """Returns whether its cluster has to be asked: whether it answers, and what lives there."""
+    return job.state in ACTIVE or job.abandoned or (job.state == "queued" and job.not_before_s <= now_s)
+
+
+def strays(jobs: Mapping[str, Job], cluster: str, alive: Mapping[str, RayStatus], time_s: float) -> list[RaySaw]:
+    """Returns what to tell `transition` of submissions that live on a cluster although no job waits for them.
+
+    Args:
+      jobs: all, by id.
+      cluster: which answers.
+      alive: what Ray says of each submission there that has not ended, by id, those of other people included.
+      time_s: Unix time.
+    """
+    found = []
+    for submission_id, status in alive.items():
+        job_id, _, number = submission_id.rpartition("-")
+        job = jobs.get(job_id)
+        if job is None or job.cluster != cluster or not number.isdecimal():
+            continue
+        if job.state not in ACTIVE or submission_id != job.submission_id:
+            found.append(RaySaw(job_id=job_id, time_s=time_s, submission_id=submission_id, status=status))
+    return found
 
 
 def pause_s(setbacks: int) -> float:
@@ -260,7 +292,8 @@ def _stopping(job: Job, event: Event) -> tuple[Job, list[Action]]:
         case RaySaw():
             return replace(job, accepted=True, cluster_lost=False), []
         case CancelAsked() if job.cluster_lost:
-            return _end(job, "cancelled", f"{job.reason}; asked again while its cluster was lost"), []
+            given_up = _end(job, "cancelled", f"{job.reason}; asked again while its cluster was lost")
+            return replace(given_up, abandoned=True), []
         case CancelAsked() | WindowClosed() | SubmitRefused():
             return job, []
         case ClusterLost():
@@ -273,8 +306,8 @@ def _stopping(job: Job, event: Event) -> tuple[Job, list[Action]]:
 def _done(job: Job, event: Event) -> tuple[Job, list[Action]]:
     match event:
         case RetryAsked() if job.state != "succeeded":
-            fresh = replace(job, state="queued", spent={}, setbacks=0, last_end=None, not_before_s=0.0, stop_at_s=None)
-            return replace(fresh, reason="asked to try again", trace=""), []
+            fresh = replace(job, state="queued", spent={}, setbacks=0, last_end=None, last_step=None, trace="")
+            return replace(fresh, reason="asked to try again", not_before_s=0.0, stop_at_s=None), []
         case ClusterLost() | ClusterFound() | WindowClosed():
             return job, []
     raise InvalidTransition(job, event)
@@ -324,19 +357,20 @@ def _judged(job: Job, event: Event, verdict: Verdict, step: int = 0, *, decided:
         verdict,
         dict.fromkeys(get_args(Cause), 0) | dict(job.budgets),  # a budget that was never given is none
         job.spent,
-        same_trace_without_progress=bool(verdict.trace) and job.last_end == (verdict.trace, step),
+        same_trace_without_progress=verdicts.same_end(job.last_end, verdict.trace, step),
     )
     if decided or decision.action == "stop":
         state: JobState = "cancelled" if verdict.cause == "operator" else "failed"
         reason = verdict.reason if decided else decision.reason
         return replace(_end(job, state, reason), trace=verdict.trace)
-    stuck = job.last_end is not None and step <= job.last_end[1]
+    stuck = job.last_step is not None and step <= job.last_step
     setbacks = job.setbacks if evicted else job.setbacks + 1 if stuck else 1
     return replace(
         _end(job, "queued", decision.reason),
         spent={**job.spent, verdict.cause: job.spent.get(verdict.cause, 0) + 1},
         setbacks=setbacks,
-        last_end=job.last_end if evicted else (verdict.trace, step),
+        last_end=(verdict.trace, step) if verdict.trace else job.last_end,
+        last_step=job.last_step if evicted else step,
         not_before_s=0.0 if evicted else event.time_s + pause_s(setbacks),
     )
 

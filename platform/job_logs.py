@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from openmoe.clusters.twin import TwinError
@@ -18,12 +19,13 @@ def read(job: Job, home: Path, attempt: int) -> str:
     """Returns all that the driver of an attempt has printed.
 
     Raises:
-      JobError: there is no such attempt, or its cluster does not know it.
+      JobError: there is no such attempt, or its cluster does not answer or know it.
     """
     if not 1 <= attempt <= job.attempt:
         there = f"attempts 1 to {job.attempt}" if job.attempt else "none yet"
         raise JobError(f"{job.id}: no attempt {attempt}, there are {there}; it is {job.story}")
-    text = _client(job, home).logs(f"{job.id}-{attempt}")
+    with _explained(job):
+        text = _client(job, home).logs(f"{job.id}-{attempt}")
     if not text:
         raise JobError(f"{job.id}: its cluster keeps no lines of attempt {attempt}; {_elsewhere(job)}")
     return text
@@ -33,13 +35,15 @@ def follow(store: JobStore, job_id: str, home: Path, *, attempt: int | None, per
     """Yields what the drivers of a job print until it is done, attempt after attempt; or those of one attempt.
 
     Raises:
-      JobError: nobody can be asked.
+      JobError: its cluster does not answer, or not any more.
     """
     done = (attempt or max(store.job(job_id).attempt, 1)) - 1
     while True:
         job = store.job(job_id)
-        if job.attempt > done and (text := _all(job, home, done + 1)) is not None:
-            yield from text
+        with _explained(job):
+            parts = _all(job, home, done + 1) if job.attempt > done else None
+            yield from parts or ()
+        if parts is not None:
             done += 1
             if attempt is not None:
                 return
@@ -50,7 +54,7 @@ def follow(store: JobStore, job_id: str, home: Path, *, attempt: int | None, per
 
 
 def _all(job: Job, home: Path, attempt: int) -> Iterator[str] | None:
-    """The lines of an attempt until it has ended; None while Ray has not got it yet."""
+    """What an attempt prints until it has ended; None while Ray has not got it yet."""
     client = _client(job, home)
     if client.status(f"{job.id}-{attempt}") is None:
         return None if attempt == job.attempt and job.state not in DONE else iter(())
@@ -58,8 +62,14 @@ def _all(job: Job, home: Path, attempt: int) -> Iterator[str] | None:
 
 
 def _client(job: Job, home: Path) -> RayJobs:
+    return RayJobs(*cluster_access.access(job.cluster, home))
+
+
+@contextlib.contextmanager
+def _explained(job: Job) -> Generator[None]:
+    """Says where the lines are when the cluster that has them cannot be asked."""
     try:
-        return RayJobs(*cluster_access.access(job.cluster, home))
+        yield
     except (TwinError, RayJobsError, OSError) as error:
         raise JobError(f"{job.id}: its lines are on its cluster ({error}); {_elsewhere(job)}") from error
 

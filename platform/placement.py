@@ -67,10 +67,5 @@ def place(jobs: Iterable[Job], capacity: Mapping[str, int], now_s: float) -> Pla
     return Placement(admitted=tuple(admitted), waiting=waiting)
 
 
-def admit(jobs: Iterable[Job], capacity: Mapping[str, int], now_s: float) -> list[Admitted]:
-    """Returns the admissions of `place`."""
-    return list(place(jobs, capacity, now_s).admitted)
-
-
 def _run_of(job: Job) -> str:
     return job.run_dir.rstrip("/")

@@ -147,6 +147,12 @@ class RayJobs:
             error_type=details.error_type or "",
         )
 
+    def alive(self) -> dict[str, RayStatus]:
+        """Returns what Ray says of each submission that has not ended, by id, whoever submitted it."""
+        listed: list[Any] = self._ask(self._client.list_jobs)
+        known = {each.submission_id: each.status for each in listed if each.submission_id}  # others: not from a client
+        return {submission_id: status.value for submission_id, status in known.items() if not status.is_terminal()}
+
     def stop(self, submission_id: str) -> None:
         """Asks a job to stop: SIGTERM to its driver, SIGKILL 3 s later; one that is gone or has ended is left."""
         try:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 from openmoe.clusters import local_ray
 from openmoe.platform.spec import ClusterConfig
@@ -15,13 +16,17 @@ from openmoe.platform.spec import ClusterConfig
 def started(cluster: ClusterConfig) -> Generator[str]:
     """Yields where Ray runs, in words; a Ray that was started here ends with the block.
 
-    `RAY_ADDRESS` names a running cluster, as it does inside a Ray job. Ray's own lines go to its log folder.
+    `RAY_ADDRESS` names a running cluster, as it does inside a Ray job. Ray's own lines go to its log folder; nothing
+    that is printed to stdout inside the block is seen.
 
     Raises:
       LocalRayError: this machine cannot start it.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
+    if address:
+        # Left to itself, Ray turns tokens on in some of its parts and not in others.
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    else:
         os.environ.update(local_ray.environment())
     if address or cluster.dashboard_port is not None:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # the dashboard's Train page; costs 10 s at start
@@ -45,6 +50,13 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         ray.init(**arguments)
         where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
     try:
-        yield where
+        # Ray prints there what its logs have, such as the state of a raylet that died.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield where
     finally:
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").exists()

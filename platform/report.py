@@ -82,9 +82,9 @@ def compute(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
     )
 
 
-def finish(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
-    """Writes finished.json and summary.html, the end of a successful run."""
+def finish(spec: RunSpec, run: RunDir, manifest_path: str, attempt: str = "") -> RunReport:
+    """Writes finished.json and summary.html, the end of a successful run, which `attempt` brought about."""
     result = compute(spec, run, manifest_path)
     summary.write(spec, run, result.lines(run.path), result.unigram_entropy)
-    run.finish({"time_s": time.time(), **asdict(result)})
+    run.finish({"time_s": time.time(), "attempt": attempt, **asdict(result)})
     return result

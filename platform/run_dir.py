@@ -26,6 +26,8 @@ from openmoe.platform import spec as spec_file
 from openmoe.platform.lineage import Acceptance, Claim
 from openmoe.platform.spec import RunSpec
 
+FORMAT = 1
+
 
 class RunDirError(ValueError):
     """The run directory does not fit what was asked; the message says what to do."""
@@ -53,7 +55,7 @@ class RunDir:
         """
         mathematics = spec_file.mathematics(spec)
         record = {
-            "format": 1,
+            "format": FORMAT,
             "name": spec.name,
             "spec_hash": spec_file.spec_hash(spec),
             "mathematics": mathematics,
@@ -62,21 +64,39 @@ class RunDir:
         }
         if storage.create_if_absent(self.at("run.json"), _encode(record)):
             return
-        there = self.read_json("run.json")
-        if there.get("spec_hash") != record["spec_hash"]:
-            changed = "; ".join(_differences(there.get("mathematics", {}), mathematics))
+        there = self.record()
+        if there["spec_hash"] != record["spec_hash"]:
+            changed = "; ".join(_differences(there["mathematics"], mathematics))
             raise RunDirError(
                 f"run_dir: {self.path} belongs to another run ({changed}); "
                 "choose another run_dir, or restore those settings to go on with it"
             )
 
+    def record(self) -> dict[str, Any]:
+        """Returns run.json: format, name, spec, spec_hash, mathematics, created_s.
+
+        Raises:
+          RunDirError: it is of something else than a run, or of a format unknown here.
+        """
+        there = self.read_json("run.json")
+        if there.get("format", FORMAT) != FORMAT:
+            raise RunDirError(f"{self.at('run.json')}: not of format {FORMAT}, which this version reads")
+        if lacking := [key for key in ("name", "spec", "spec_hash", "mathematics", "created_s") if key not in there]:
+            raise RunDirError(
+                f"{self.at('run.json')}: not that of a run, it has no `{lacking[0]}`; choose another run_dir"
+            )
+        return there
+
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Returns a JSON object kept inside."""
         path = self.at(*parts)
         try:
-            return json.loads(storage.read_bytes(path))
-        except ValueError as error:
+            found = json.loads(storage.read_bytes(path))
+        except json.JSONDecodeError as error:
             raise RunDirError(f"{path}: not readable as JSON ({error}); the run directory is damaged") from error
+        if not isinstance(found, dict):
+            raise RunDirError(f"{path}: holds {type(found).__name__}, not an object; the run directory is damaged")
+        return found
 
     def _records(self, folder: str) -> list[dict[str, Any]]:
         names = storage.list_files(self.at(folder))
@@ -168,7 +188,10 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """One line of `openmoe runs`; `steps` is None of a run in epochs that has not started."""
+    """One line of `openmoe runs`; `steps` is None of a run in epochs that has not started.
+
+    Of a damaged one `problem` says what is wrong, and the rest says nothing.
+    """
 
     name: str
     path: str
@@ -177,21 +200,26 @@ class RunSummary:
     steps: int | None
     loss: float | None
     updated_s: float
+    problem: str = ""
 
 
 def list_runs(folder: str) -> list[RunSummary]:
     """Returns the runs found directly in `folder`, oldest first; a folder without run.json is no run."""
-    runs = []
-    for name in storage.list_folders(folder):
-        run = RunDir(storage.join(folder, name))
-        if run.exists():
-            runs.append(summarize(run))
-    return sorted(runs, key=lambda run: run.updated_s)
+    found = ((name, RunDir(storage.join(folder, name))) for name in storage.list_folders(folder))
+    return sorted((_summary(name, run) for name, run in found if run.exists()), key=lambda run: run.updated_s)
+
+
+def _summary(name: str, run: RunDir) -> RunSummary:
+    try:
+        return summarize(run)
+    except (RunDirError, journal.JournalError) as error:
+        broken = {"name": name, "path": run.path, "state": "damaged", "problem": str(error)}
+        return RunSummary(**broken, step=0, steps=None, loss=None, updated_s=0.0)
 
 
 def summarize(run: RunDir) -> RunSummary:
     """Returns the state of one run, from its files alone."""
-    record = run.read_json("run.json")
+    record = run.record()
     trace, finished = run.trace(), run.finished()
     last = trace[-1] if trace else {}
     planned = [event["steps"] for event in run.events() if event["event"] == "started" and "steps" in event]

@@ -127,6 +127,7 @@ class Saver:
             self._recorder.event(
                 "accepted", step=acceptance.step, number=acceptance.number, seconds=time.time() - start_s
             )
+            self._recorder.flush()
             self._prune()
 
     def _prune(self) -> None:

@@ -76,6 +76,9 @@ class ClusterConfig(Section):
     heartbeat_timeout_s: int = Field(default=30, ge=5, description="Silence after which a peer is dead.")
     shutdown_timeout_s: int = Field(default=20, ge=1, description="Wait for the peers when a worker ends.")
     init_timeout_s: int = Field(default=120, ge=10, description="Wait for all workers to join the group.")
+    step_timeout_s: float = Field(
+        default=1800.0, gt=0, description="A worker without a step for so long is stuck; compiling counts too."
+    )
     object_store_bytes: int = Field(
         default=200_000_000,
         ge=80_000_000,
@@ -90,7 +93,7 @@ class BudgetsConfig(Section):
     """Restarts each cause may cost before the run is given up; bad input is never retried."""
 
     preemption: int = Field(default=1000, ge=0, description="The provider took the machines back.")
-    host_fault: int = Field(default=10, ge=0, description="A process or machine died by itself.")
+    host_fault: int = Field(default=10, ge=0, description="A process, a machine or the storage failed by itself.")
     hang: int = Field(default=3, ge=0, description="A step that never ended.")
     out_of_memory: int = Field(default=1, ge=0, description="A worker ran out of memory.")
     bad_numbers: int = Field(default=0, ge=0, description="A loss that is not finite.")

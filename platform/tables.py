@@ -13,13 +13,16 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     """Prints a table; piped output is as wide as its content, so that no path is cut."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console() if sys.stdout.isatty() else Console(width=240)
-    table = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), pad_edge=False)
+    table = Table(box=None, show_header=any(columns), pad_edge=False)
+    if title:
+        table.title, table.title_justify = Text(title), "left"
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(str(cell)) for cell in row))  # as text: a reason may hold what rich takes for markup
     console.print(table, highlight=False)
     console.print()
 

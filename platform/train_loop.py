@@ -36,7 +36,12 @@ BATCH_KEYS = ("input_ids", "target_ids", "loss_weights", "segment_ids", "positio
 
 
 def train(
-    spec: RunSpec, run: RunDir, claim: Claim, manifest_path: str, report: Callable[[dict[str, Any]], None]
+    spec: RunSpec,
+    run: RunDir,
+    claim: Claim,
+    manifest_path: str,
+    report: Callable[[dict[str, Any]], None],
+    beat: Callable[[], None] = lambda: None,
 ) -> step.TrainState:
     """Trains one incarnation, from the acceptance that its claim names to the last step.
 
@@ -46,6 +51,7 @@ def train(
       claim: this incarnation's.
       manifest_path: of the data build whose rows are trained on.
       report: called by process 0 with the record of each step, for those who watch.
+      beat: called by every process at each step, and while it waits for data: it is not stuck.
 
     Returns:
       The final train state, sharded over the mesh.
@@ -65,7 +71,8 @@ def train(
         train_step = step.make_train_step(spec.model, spec.optimizer, mesh)
 
         while position.step < spec.train.total_steps:
-            data_wait_s = wait_for_rows(loader, position.next_row + spec.train.batch_rows, recorder)
+            beat()
+            data_wait_s = wait_for_rows(loader, position.next_row + spec.train.batch_rows, recorder, beat)
             batch = global_batch(spec, mesh, loader, first_row=position.next_row)
             state, metrics = train_step(state, batch)
             position = position.after(rows=spec.train.batch_rows)
@@ -76,6 +83,7 @@ def train(
                 saver.save(state, position)
             saver.accept_committed()
         saver.wait()
+        beat()
         sampling.record_samples(spec, state, recorder)
     return state
 
@@ -97,14 +105,18 @@ def check_process_group(spec: RunSpec) -> None:
         raise RuntimeError(f"cluster: accelerator is tpu, JAX found only {jax.default_backend()} on this host")
 
 
-def wait_for_rows(loader: Loader, last_row: int, recorder: Recorder) -> float:
+def wait_for_rows(loader: Loader, last_row: int, recorder: Recorder, beat: Callable[[], None]) -> float:
     """Waits, if it must, until the driver has built the global rows [0, last_row); returns the seconds waited."""
+    told: set[str] = set()
 
-    def say(missing: str) -> None:
-        recorder.event("waits_for_data", missing=missing)
-        recorder.flush()
+    def waits(missing: str) -> None:
+        beat()
+        if not told:
+            told.add(missing)
+            recorder.event("waits_for_data", missing=missing)
+            recorder.flush()
 
-    return loader.wait_for(last_row, timeout_s=DATA_TIMEOUT_S, on_wait=say)
+    return loader.wait_for(last_row, timeout_s=DATA_TIMEOUT_S, on_wait=waits)
 
 
 def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -> dict[str, Array]:

@@ -6,8 +6,9 @@ hides another: a process that lost its peer is a consequence, so any first-hand 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Cause = Literal[
@@ -32,6 +33,7 @@ FailureKind = Literal[
     "out_of_memory",
     "raised",
     "hung",
+    "no_storage",
     "process_died",
     "lost_peer",
     "start_timeout",
@@ -47,6 +49,7 @@ CAUSE_OF_KIND: dict[FailureKind, Cause] = {
     "out_of_memory": "out_of_memory",
     "raised": "bad_code",
     "hung": "hang",
+    "no_storage": "host_fault",
     "process_died": "host_fault",
     "start_timeout": "host_fault",
     "lost_peer": "host_fault",
@@ -111,6 +114,11 @@ class Evidence:
     operator_stop: bool = False
     cluster_lost: bool = False
 
+    def with_told(self, told: Mapping[int, Failure]) -> Evidence:
+        """Returns the evidence with what workers said of their own end, by rank; it outranks what was seen of it."""
+        seen = (failure for failure in self.failures if failure.rank not in told)
+        return replace(self, failures=(*told.values(), *seen))
+
     @property
     def evicted_ranks(self) -> frozenset[int]:
         """Ranks whose machine was taken back, by Ray's notice or by the provider's record."""
@@ -152,7 +160,9 @@ def diagnose(evidence: Evidence) -> Verdict:
             continue
         if cause in ("host_fault", "unknown") and (evidence.cluster_lost or _eviction_explains(evidence)):
             break
-        return Verdict(cause=cause, reason=_reason(kind, failures, evidence), trace=failures[0].text, evidence=said)
+        # What Ray says of a machine's death is no trace of the code: it may come twice without meaning anything.
+        trace = "" if cause == "host_fault" else failures[0].text
+        return Verdict(cause=cause, reason=_reason(kind, failures, evidence), trace=trace, evidence=said)
     if _eviction_explains(evidence):
         return Verdict(cause="preemption", reason=_eviction(evidence), evidence=said)
     if evidence.cluster_lost:
@@ -188,7 +198,7 @@ def _sentences(evidence: Evidence) -> Iterator[str]:
             record = f", the provider's record says {host.provider_state}" if host.provider_state else ""
             yield f"{host.name} ({ranks}) {'still answers' if host.alive else 'is gone'}{record}"
     for failure in sorted(evidence.failures, key=lambda failure: failure.rank):
-        last_line = (failure.text.strip().splitlines() or [""])[-1]
+        last_line = (failure.text.strip().splitlines() or [""])[-1].strip()
         who = f"rank {failure.rank}" if failure.rank >= 0 else "Ray Train"
         yield f"{who}: {failure.kind.replace('_', ' ')}: {last_line[:300]}"
 
@@ -205,11 +215,30 @@ def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) 
         "out_of_memory": f"rank {ranks} ran out of memory",
         "raised": f"rank {ranks} raised: {last_line}",
         "hung": f"rank {ranks} made no progress: {last_line}",
+        "no_storage": f"the storage did not answer: {last_line}",
         "process_died": f"the process of rank {ranks} died" + (f" with its host {gone}" if gone else ""),
         "lost_peer": f"rank {ranks} lost a peer" + (f": {gone} is gone" if gone else " that left no trace"),
         "start_timeout": f"the worker group did not start: {last_line}",
         "controller": f"Ray Train's controller failed: {last_line}",
     }[kind]
+
+
+# What differs each time the same thing happens: addresses in memory and on the net, ids, processes.
+_INCIDENTAL = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{16,}\b|\bpid[= ]\d+|\b\d+(\.\d+){3}(:\d+)?")
+
+
+def same_end(last: tuple[str, int] | None, trace: str, step: int) -> bool:
+    """Returns whether a run died of the same as before, without having come any further.
+
+    Args:
+      last: trace and step of the newest end that left a trace; None if none did. What the machines do in between,
+        such as preemptions, is no end of this kind.
+      trace: of this end; "" for one that left none.
+      step: of the newest accepted checkpoint at this end.
+    """
+    if last is None or not trace or step > last[1]:
+        return False
+    return _INCIDENTAL.sub("", trace) == _INCIDENTAL.sub("", last[0])
 
 
 # A quarantined checkpoint is never tried again, so these restarts are bounded by the checkpoints there are.
@@ -230,7 +259,7 @@ def decide(
       verdict: of the incarnation that just ended.
       budgets: restarts allowed, by cause.
       spent: restarts already made, by cause.
-      same_trace_without_progress: the previous incarnation ended with this very trace at this very step.
+      same_trace_without_progress: see `same_end`.
     """
     cause = verdict.cause
     if cause in FINAL:

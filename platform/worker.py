@@ -1,8 +1,7 @@
 """What runs inside each Ray Train worker, and how its steps reach those who watch.
 
-Steps go to a small actor on the driver's node, which the driver empties for its progress bar, and to
-`ray.util.metrics`, which Prometheus and Ray's dashboard read. Neither is waited for: the run directory is the
-record, these are the view.
+Steps go to the driver's board, for its progress bar, and to `ray.util.metrics`, which Prometheus and Ray's dashboard
+read. Neither is waited for: the run directory is the record, these are the view.
 """
 
 from __future__ import annotations
@@ -11,42 +10,14 @@ from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from openmoe.platform.lineage import Claim
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
+from openmoe.platform.verdict import Failure
+from openmoe.platform.watchdog import Watchdog
 
-
-class ProgressBoard:
-    """Holds where the workers are, and the newest step's record until the driver fetches it."""
-
-    def __init__(self) -> None:
-        self._newest: dict[str, Any] | None = None
-        self._nodes: dict[int, str] = {}
-
-    def place(self, rank: int, node_id: str) -> None:
-        """Keeps the Ray node on which a worker runs."""
-        self._nodes[rank] = node_id
-
-    def placements(self) -> dict[int, str]:
-        """Returns the Ray node id of each rank that said so."""
-        return self._nodes
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Replaces the record."""
-        self._newest = record
-
-    def take(self) -> dict[str, Any] | None:
-        """Returns the newest record since the last call, if any."""
-        newest, self._newest = self._newest, None
-        return newest
-
-
-def start_board() -> Any:
-    """Starts the board on this node, so that it lives as long as the driver that reads it; returns its handle."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+TELL_TIMEOUT_S = 10.0
 
 
 def work(config: dict[str, Any]) -> None:
@@ -54,23 +25,33 @@ def work(config: dict[str, Any]) -> None:
 
     Args:
       config: "spec" (JSON of the RunSpec), "claim" (fields of the Claim), "manifest" (path), "board" (handle of a
-        ProgressBoard).
+        Board).
     """
     import jax
 
     from openmoe.platform import train_loop
 
-    node_id = ray.get_runtime_context().get_node_id()
-    ray.get(config["board"].place.remote(jax.process_index(), node_id))
+    board, rank = config["board"], jax.process_index()
+    board.place.remote(rank, ray.get_runtime_context().get_node_id())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
     gauges = StepGauges(spec, claim)
 
     def report(record: dict[str, Any]) -> None:
-        config["board"].put.remote({key: record[key] for key in ("step", "loss", "step_s")})
+        board.put.remote({key: record[key] for key in ("step", "loss", "step_s")})
         gauges.set(record)
 
-    train_loop.train(spec, run, claim, config["manifest"], report)
+    with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
+        train_loop.train(spec, run, claim, config["manifest"], report, watchdog.beat)
+
+
+def watched(board: Any, rank: int, timeout_s: float) -> Watchdog:
+    """Returns the watchdog of this worker: before it ends the worker, the board hears where it was stuck."""
+
+    def tell(stack: str) -> None:
+        ray.get(board.fail.remote(Failure(rank=rank, kind="hung", text=stack)), timeout=TELL_TIMEOUT_S)
+
+    return Watchdog(timeout_s, tell)
 
 
 class StepGauges:

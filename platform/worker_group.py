@@ -93,7 +93,11 @@ def _join(address: str, num_processes: int, process_id: int, config: JaxGroupCon
 
 
 def run_incarnation(
-    worker: Callable[[dict[str, Any]], None], config: dict[str, Any], spec: RunSpec, name: str
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    spec: RunSpec,
+    name: str,
+    tell: Callable[[Failure], None] = lambda failure: None,
 ) -> Evidence | None:
     """Runs `worker(config)` on every worker of a new group until all return or one fails.
 
@@ -102,13 +106,14 @@ def run_incarnation(
       config: what it is given, the same on every worker.
       spec: says how many workers, on what.
       name: of this incarnation, unique in the run; Ray's Train page shows it.
+      tell: called on the worker with what it raised: Ray leaves that out when a preemption is under way.
 
     Returns:
       None when all workers returned, else the evidence of what ended the group.
     """
     cluster = spec.cluster
     trainer = JaxTrainer(
-        _in_group(worker),
+        _in_group(worker, tell),
         train_loop_config=config,
         jax_config=JaxGroupConfig(
             use_tpu=cluster.accelerator == "tpu",
@@ -138,10 +143,12 @@ def run_incarnation(
     return None
 
 
-def _in_group(worker: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def _in_group(
+    worker: Callable[[dict[str, Any]], None], tell: Callable[[Failure], None]
+) -> Callable[[dict[str, Any]], None]:
     """Returns `worker` as each rank runs it: it leaves the JAX process group when done, together with its peers.
 
-    What it raises gets its trace as a note, since exceptions travel without theirs.
+    What it raises gets its trace as a note, since exceptions travel without theirs, and is told.
     """
 
     def run(config: dict[str, Any]) -> None:
@@ -151,6 +158,7 @@ def _in_group(worker: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, A
             worker(config)
         except Exception as error:
             error.add_note(traceback.format_exc())
+            tell(failure_of(jax.process_index(), error))
             raise
         jax.distributed.shutdown()
 
@@ -201,8 +209,10 @@ _KIND_OF_NAME: Mapping[str, FailureKind] = {
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """Returns what a worker's error says, without judging it."""
-    return Failure(rank=rank, kind=_kind(error), text="\n".join(getattr(error, "__notes__", ())) or str(error))
+    """Returns what a worker's error says, without judging it: its trace, or of bad input its one line."""
+    kind = _kind(error)
+    notes = () if kind in ("bad_input", "no_storage") else getattr(error, "__notes__", ())
+    return Failure(rank=rank, kind=kind, text="\n".join(notes) or str(error))
 
 
 def _kind(error: BaseException) -> FailureKind:
@@ -214,6 +224,8 @@ def _kind(error: BaseException) -> FailureKind:
         return "out_of_memory"
     if isinstance(cause, ray.exceptions.RayActorError):
         return "process_died"
+    if isinstance(cause, storage.StorageUnavailable):
+        return "no_storage"
     if isinstance(cause, DataError | RunDirError | storage.StorageError):
         return "bad_input"
     if type(cause).__name__ in _KIND_OF_NAME:

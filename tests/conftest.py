@@ -157,13 +157,38 @@ def start_dashboard():
         process.communicate(timeout=20)
 
 
+@pytest.fixture(scope="session")
+def needs():
+    """Returns the function that skips a test where it lacks what it needs, and in CI fails it."""
+
+    def check(is_there, what):
+        if not is_there:
+            pytest.fail(f"needs {what}") if os.environ.get("CI") else pytest.skip(f"needs {what}")
+
+    return check
+
+
+@pytest.fixture
+def mount_disk(needs):
+    """Returns the function that mounts a small disk on a folder until the test ends."""
+    mounted = []
+
+    def mount(folder, size):
+        needs(sys.platform.startswith("linux") and os.geteuid() == 0, "root on Linux to mount a tmpfs")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        needs(subprocess.run(command, capture_output=True).returncode == 0, "a container that may mount a tmpfs")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium; where there is none the test is skipped, and in CI it fails."""
+def chromium(needs):
+    """A headless Chromium."""
     path = shutil.which("chromium-headless-shell")
-    if path is None:
-        missing = "no chromium-headless-shell: apt-get install --no-install-recommends chromium-headless-shell"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    needs(path, "Chromium: apt-get install --no-install-recommends chromium-headless-shell")
     from playwright.sync_api import sync_playwright
 
     quiet = ("background-networking", "component-update", "sync", "dev-shm-usage", "gpu", "quic")

@@ -39,6 +39,17 @@ CONFIG_MODULES = (
     "openmoe.clusters.spec",
     "openmoe.clusters.twin",
 )
+# Inside platform, imports go leftwards: pure <- files <- everything else, which reaches the outside world.
+PURE = (
+    "spec", "spec_sections", "spec_checks", "spec_source", "spec_yaml", "spec_errors", "spec_paths", "run_length",
+    "cluster_fit", "lineage", "verdict", "job", "job_events", "placement", "cron", "attempt_end", "story",
+)  # fmt: skip
+FILES = (
+    "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "train_loop", "report", "data_summary",
+    "validate", "validate_data", "facts", "tables", "home", "cluster_file", "instances", "wheel", "job_store",
+    "story_records", "controller_lock", "watchdog", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
+    "dashboard.views", "dashboard.watch", "dashboard.summary",
+)  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 
 
@@ -71,6 +82,17 @@ def test_folder_imports_only_what_the_design_allows(folder):
                 assert name.split(".")[1:2] in ([folder], []), f"{path}: imports {name}"
             else:
                 assert top in allowed, f"{path}: imports {name}"
+
+
+@pytest.mark.parametrize(("layer", "below"), [(PURE, PURE), (FILES, [*PURE, *FILES])], ids=["pure", "files"])
+def test_imports_inside_platform_go_leftwards(layer, below):
+    prefix = "openmoe.platform."
+    modules = {str(p.relative_to(ROOT / "platform"))[:-3].replace("/", ".") for p in (ROOT / "platform").rglob("*.py")}
+    for name in layer:
+        path = ROOT / "platform" / f"{name.replace('.', '/')}.py"
+        found = {m.removeprefix(prefix) for m in imports(path) if m.startswith(prefix)} & modules
+        assert found <= set(below), f"{name}: imports {sorted(found - set(below))}"
+        assert not {m for m in imports(path) if m.split(".")[0] == "ray"}, f"{name}: imports ray"
 
 
 def test_ray_train_ray_data_and_ray_jobs_are_each_called_in_one_file():

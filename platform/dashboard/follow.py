@@ -15,11 +15,10 @@ import numpy as np
 from openmoe.pipelines import storage
 from openmoe.platform.journal import JournalReader
 from openmoe.platform.lineage import Claim
-from openmoe.platform.run_dir import RunDir, RunDirError
+from openmoe.platform.run_dir import RunDir
 
 COLUMNS = ("step", "time_s", "step_s", "loss", "text_loss", "drop_fraction", "grad_norm")
 MAX_LOAD_COLUMNS = 400
-RUN_FORMAT = 1
 # Every process journals these alike; once a worker group is enough.
 OF_LEADER_ONLY = frozenset({"started", "restored", "save_started", "waits_for_data"})
 
@@ -146,10 +145,8 @@ class RunFollower:
             self.version += 1
 
     def _read_records(self) -> None:
-        record = self.run.read_json("run.json")
+        record = self.run.record()
         if record != self.record:
-            if not isinstance(record, dict) or record.get("format") != RUN_FORMAT:
-                raise RunDirError(f"{self.run.at('run.json')}: not of format {RUN_FORMAT}, which this version reads")
             spec = record["spec"]
             tokens_per_step = spec["train"]["batch_rows"] * spec["data"]["seq_len"]
             self._reset(record)

@@ -168,6 +168,24 @@ def undisturbed(run_file, tmp_path_factory):
     return trainer.run
 
 
+def _trains(process: psutil.Process, home: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        is_train = process.cmdline()[1:4] == ["-m", "openmoe.platform", "train"]
+        return is_train and process.environ().get("OPENMOE_HOME") == str(home)
+    return False
+
+
+@pytest.fixture(scope="session")
+def driver_of():
+    """Returns the function that finds the one driver that the controller of a home has started."""
+
+    def find(home: Path) -> psutil.Process:
+        [driver] = [process for process in psutil.process_iter() if _trains(process, home)]
+        return driver
+
+    return find
+
+
 @dataclass(frozen=True)
 class Twin:
     """A cluster of two slices with two hosts each, kept in a home of its own, and the means to break it."""

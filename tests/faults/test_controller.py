@@ -118,19 +118,6 @@ class Place:
             found = [(j["submission_id"], j["status"]) for j in json.load(reply) if j["type"] == "SUBMISSION"]
         return sorted(each for each in found if each[0].startswith(job_id))
 
-    def kill_driver(self):
-        """Kills the process that Ray's job runs; returns when it is gone."""
-        [driver] = [process for process in psutil.process_iter() if self._is_driver(process)]
-        driver.kill()
-        psutil.wait_procs([driver], timeout=30)
-
-    def _is_driver(self, process):
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            trains = words[1:4] == ["-m", "openmoe.platform", "train"]
-            return trains and process.environ().get("OPENMOE_HOME") == str(self.home)
-        return False
-
 
 @pytest.fixture(scope="module")
 def place(run_file, tmp_path_factory):
@@ -189,7 +176,7 @@ def test_a_controller_killed_at_three_points_submits_once_and_the_job_succeeds(p
 
 
 def test_a_cancelled_job_leaves_a_run_that_goes_on_when_retried_and_survives_the_death_of_its_driver(
-    place, controller, tmp_path
+    place, controller, driver_of, tmp_path
 ):
     run = RunDir(str(tmp_path / "run"))
     job_id = place.submit(run.path)
@@ -197,12 +184,11 @@ def test_a_cancelled_job_leaves_a_run_that_goes_on_when_retried_and_survives_the
     place.openmoe("jobs", "cancel", job_id)
     assert place.wait_until(job_id, "cancelled").reason == "on request"
     assert place.submissions(job_id) == [(f"{job_id}-1", "STOPPED")]
-    before = run.newest_accepted().number
     assert run.finished() is None
 
     place.openmoe("jobs", "retry", job_id)
-    place.wait_for("the next checkpoint", lambda: run.newest_accepted().number > before)
-    place.kill_driver()
+    place.wait_for("the next checkpoint", lambda: run.newest_accepted().incarnation == 2)
+    driver_of(place.home).kill()
     job = place.wait_until(job_id, "succeeded", "failed")
     assert (job.state, job.attempt, job.spent) == ("succeeded", 3, {"host_fault": 1})
     assert [status for _, status in place.submissions(job_id)] == ["STOPPED", "FAILED", "SUCCEEDED"]

@@ -13,15 +13,15 @@ COLOURS = """canvas => {
 
 def test_a_run_is_seen_live_with_its_incident_and_its_end(trainer, start_dashboard, browse, tmp_path):
     run = trainer("watched", "train.sample_tokens=8")
-    run.start()
-    run.wait_for_acceptance(1)
     address, token = start_dashboard(tmp_path, tmp_path / "home")
     page = browse(f"{address}/?token={token}")
+    run.start()
+    run.wait_for_acceptance(1)
     row = page.locator("tr", has_text="/watched")
     expect(row).to_contain_text("training", timeout=30_000)
     row.get_by_role("link").click()
     page.evaluate("window.untouched = true")
-    expect(page.locator("#state")).to_have_text("training")
+    expect(page.locator("#state")).to_have_text("training", timeout=30_000)
     points = page.locator("#loss .plot")
     drawn = int(points.get_attribute("data-points"))
     assert drawn >= 10

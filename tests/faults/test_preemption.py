@@ -4,7 +4,6 @@ The tests of this file are the chapters of that one run, in order. Each brings i
 until the run trains again, and claims what was said about the cause. The last ones compare the whole.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -12,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-import psutil
 import pytest
 
 from openmoe.platform.run_dir import RunDir
@@ -62,7 +61,9 @@ class Story:
         self.twin, self.run = twin, RunDir(f"{folder}/run")
         self.environment = {"OPENMOE_HOME": str(twin.home)}
         self.log = (folder / "controller.log").open("w")
-        self.random = random.Random(int(os.environ.get("OPENMOE_TEST_SEED", "0")) or time.time_ns())
+        seed = int(os.environ.get("OPENMOE_TEST_SEED", "0")) or time.time_ns()
+        print(f"OPENMOE_TEST_SEED={seed}")
+        self.random = random.Random(seed)
         self.run_file, self.controller, self.repairs = run_file, None, []
         self.start_controller()
         self.job_id = self.submit()
@@ -98,6 +99,9 @@ class Story:
         self.controller.send_signal(signal.SIGKILL)
         self.controller.wait()
 
+    def said(self):
+        return Path(self.log.name).read_text()
+
     def incarnation(self):
         return max((claim.incarnation for claim in self.run.claims()), default=0)
 
@@ -118,7 +122,7 @@ class Story:
 
         wait_for(f"incarnation {self.incarnation()} saves", saved_twice)
         self.wait_until_repaired()
-        time.sleep(self.random.uniform(0, 0.5))
+        time.sleep(self.random.uniform(0, 3))
 
     def verdict(self, incarnation):
         """The driver's verdict on an incarnation."""
@@ -129,23 +133,31 @@ class Story:
 
         return wait_for(f"verdict on incarnation {incarnation}", ended)
 
-    def drivers(self):
-        return [p for p in psutil.process_iter() if is_driver(p, self.run.path)]
-
-
-def is_driver(process, run_path):
-    with contextlib.suppress(psutil.Error):
-        words = process.cmdline()
-        return "train" in words and "openmoe.platform" in words and process.status() != psutil.STATUS_ZOMBIE
-    return False
+    def end(self):
+        for repair in self.repairs:  # it holds the cluster's lock
+            repair.kill()
+            repair.wait()
+        self.kill_controller()
+        self.log.close()
 
 
 @pytest.fixture(scope="module")
 def story(twin, run_file, tmp_path_factory):
     told = Story(twin, tmp_path_factory.mktemp("preemption"), run_file)
     yield told
-    with contextlib.suppress(psutil.Error, ProcessLookupError):
-        told.kill_controller()
+    told.end()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def failed_before(request):
+    return request.session.testsfailed
+
+
+@pytest.fixture(autouse=True)
+def chapter(request, failed_before):
+    """A chapter after one that failed could only wait for what will not come."""
+    if request.session.testsfailed > failed_before:
+        pytest.skip("a chapter before this one failed")
 
 
 def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_record(story):
@@ -165,13 +177,14 @@ def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_
 
 def test_a_slice_taken_with_notice_is_a_preemption_announced_by_ray(story):
     before, taken = story.incarnation(), story.slice()
-    story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 10)
+    story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 20)
     verdict = story.verdict(before)
     assert verdict["cause"] == "preemption", verdict
     assert verdict["evidence"][0] == "Ray announced the preemption of ranks 0, 1"
     assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != taken
     story.repair()
     story.wait_until_it_trains(after=before)
+    assert story.job()["spent"] == {}
 
 
 def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is_drained(story):
@@ -181,7 +194,9 @@ def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is
     assert verdict["cause"] == "host_fault", verdict
     assert f"{broken}-1" in verdict["reason"]
     assert "the provider's record says RUNNING" in str(verdict["evidence"])
-    # The living head of the broken slice is left alone.
+    assert verdict["decision"]["reason"].startswith("host_fault 1 of 10: ")  # two preemptions have spent none of it
+    # What still lives of the slice is drained, so that Ray does not reserve its head again.
+    wait_for("the rest of the slice goes", lambda: not story.twin.processes(f"{broken}-0", "raylet/raylet"))
     assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != broken
     story.repair()
     story.wait_until_it_trains(after=before)
@@ -202,14 +217,15 @@ def test_a_controller_that_is_killed_changes_nothing(story):
     before, attempt = story.incarnation(), story.job()["attempt"]
     story.kill_controller()
     story.start_controller()
-    time.sleep(3)
+    wait_for("it looks after the job again", lambda: story.said().count("controller: 1 running") == 1)
+    accepted = len(story.run.acceptances())
+    wait_for("the run saves on", lambda: len(story.run.acceptances()) > accepted)
     assert (story.incarnation(), story.job()["attempt"], story.job()["state"]) == (before, attempt, "running")
 
 
-def test_a_driver_that_is_killed_is_replaced_by_the_controller(story):
+def test_a_driver_that_is_killed_is_replaced_by_the_controller(story, driver_of):
     before, attempt = story.incarnation(), story.job()["attempt"]
-    for driver in story.drivers():
-        driver.send_signal(signal.SIGKILL)
+    driver_of(story.twin.home).kill()
     story.wait_until_it_trains(after=before)
     assert story.job()["attempt"] == attempt + 1
     assert story.job()["spent"] == {"host_fault": 1}

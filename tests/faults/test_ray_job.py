@@ -143,10 +143,8 @@ def head(tmp_path_factory):
 
 
 @pytest.fixture
-def prometheus(tmp_path, head):
-    if shutil.which("prometheus") is None:
-        message = "prometheus is not installed (Debian: apt-get install prometheus): nothing scrapes the metrics"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+def prometheus(tmp_path, head, needs):
+    needs(shutil.which("prometheus"), "prometheus, to scrape the metrics: apt-get install prometheus")
     started = Prometheus(tmp_path, head)
     yield started
     started.stop()
@@ -186,6 +184,16 @@ def test_a_job_with_a_bad_run_file_fails_with_exit_code_2(head, trainer):
     details = head.details("bad")
     assert (details["status"], details["driver_exit_code"]) == ("FAILED", 2)
     assert "train.stepz: unknown key; did you mean `steps`?" in result.stdout + result.stderr
+
+
+def test_a_job_whose_run_fails_is_failed_with_exit_code_1_and_its_cause(head, trainer):
+    run = trainer("wrong", "optimizer.learning_rate=1.0e+30", "optimizer.warmup_steps=1")
+    head.submit("diverges", *run.entrypoint())
+    details = head.details("diverges")
+    assert (details["status"], details["driver_exit_code"]) == ("FAILED", 1)
+    log = head.job("logs", "diverges").stdout
+    assert "incarnation 1 ended, stop: budgets.bad_numbers is spent (0 of 0): the loss is not finite" in log
+    assert [e["cause"] for e in run.run.events() if e["event"] == "ended"] == ["bad_numbers"]
 
 
 def test_prometheus_sees_a_job_train(stopped_and_resumed, prometheus):

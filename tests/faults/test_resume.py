@@ -1,5 +1,6 @@
 """Whatever is killed, the same command goes on with the very next row, and with the same bits."""
 
+import contextlib
 import signal
 from pathlib import Path
 
@@ -68,6 +69,37 @@ def test_a_killed_driver_all_killed_and_a_damaged_checkpoint_leave_the_same_bits
     assert run.run.newest_accepted().ledger_head == undisturbed.newest_accepted().ledger_head
     drawn = curves(run.run.at("tensorboard"))
     assert drawn["loss/cross_entropy"] == {r["step"]: r["loss"] for r in undisturbed.trace()}
+
+
+def test_a_disk_that_fills_up_is_one_line_and_with_space_again_the_run_goes_on_with_the_same_bits(
+    trainer, undisturbed, tmp_path, mount_disk
+):
+    (tmp_path / "disk").mkdir()
+    mount_disk(tmp_path / "disk", "64m")
+    run = trainer("disk/run")
+    run.start()
+    run.wait_for_acceptance(1)
+    filler = tmp_path / "disk" / "filler"
+    fill(filler)
+    output, _ = run.process.communicate(timeout=240)
+    assert run.process.returncode == 2, output
+    assert "Traceback" not in output
+    ended = [line for line in output.splitlines() if line.startswith("incarnation 1 ended, stop: ")]
+    assert len(ended) == 1, output
+    assert run.run_dir in ended[0]
+    assert "the disk is full; free some space" in ended[0]
+    filler.unlink()
+    run.start()
+    run.finish()
+    assert_every_row_once(run.run)
+    assert bits(run.run) == bits(undisturbed)
+
+
+def fill(path):
+    """Takes all that is left of a disk."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
 def damage_largest_file(folder):

@@ -34,8 +34,7 @@ def test_components_of_openmoe_8b():
     )
 
 
-def test_memory_and_flops_of_openmoe_base():
-    assert counts.parameter_bytes(PRESETS["openmoe-base"], "bfloat16") == 1_599_326_208
+def test_flops_of_openmoe_base():
     assert counts.flops_per_token(PRESETS["openmoe-base"], seq_len=2048) == (
         6 * (141_616_128 + 196_902_912) + 12 * 12 * 768 * 2048
     )

@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import os
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -32,6 +31,33 @@ def test_what_was_written_is_read_and_listed(folder):
     assert storage.list_files(storage.join(folder, "b")) == []
     assert storage.read_if_present(storage.join(folder, "b")) is None
     assert storage.info(storage.join(folder, "a", "one.txt")).size == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*/*.jsonl", ["a/1.jsonl", "b/2.jsonl", "link/1.jsonl"]),
+        ("**/*.jsonl", ["a/1.jsonl", "a/deep/3.jsonl", "b/2.jsonl", "top.jsonl"]),
+        ("a/**", ["a/1.jsonl", "a/deep/3.jsonl"]),
+        ("[ab]/?.jsonl", ["a/1.jsonl", "b/2.jsonl"]),
+        ("./b//2.jsonl", ["./b//2.jsonl"]),
+        ("b/nothing.jsonl", []),
+        ("nothing/*.jsonl", []),
+        ("top.jsonl/*", []),
+        ("*", ["top.jsonl"]),
+        ("b", []),
+    ],
+)
+def test_local_patterns_match_as_in_a_shell(tmp_path, monkeypatch, pattern, found):
+    for name in ("a/1.jsonl", "a/deep/3.jsonl", "b/2.jsonl", "b/.2.jsonl.tmp", "top.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "b" / "loop").symlink_to("..")
+    monkeypatch.chdir(tmp_path)
+    assert storage.glob(pattern) == found
+    absolute = [f"{tmp_path}/{name}" for name in found]
+    assert storage.glob(f"{tmp_path}/{pattern}") == absolute
 
 
 def test_the_second_creator_is_refused_and_changes_nothing(folder):
@@ -72,26 +98,50 @@ def test_a_local_copy_has_the_recorded_digest(folder, tmp_path):
         storage.local_copy(path, str(tmp_path / "empty"), sha256=digest)
 
 
+def test_folders_are_listed_without_the_files_beside_them_and_what_is_deeper(folder):
+    for name in ("run.json", "b/run.json", "a/accepted/000001.json"):
+        storage.write_durable(storage.join(folder, *name.split("/")), b"{}")
+    assert storage.list_folders(folder) == ["a", "b"]
+    assert storage.list_folders(f"{folder}/") == ["a", "b"]
+    assert storage.list_folders(storage.join(folder, "b")) == []
+    assert storage.list_folders(storage.join(folder, "c")) == []
+
+
+def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside_it(folder):
+    for name in ("4/digest", "4/params/0", "40/digest"):
+        storage.write_durable(storage.join(folder, *name.split("/")), b"bits")
+    for _ in range(2):
+        storage.remove_folder(storage.join(folder, "4"))
+        assert storage.list_folders(folder) == ["40"]
+        assert not storage.exists(storage.join(folder, "4"))
+    assert storage.read_bytes(storage.join(folder, "40", "digest")) == b"bits"
+
+
 def test_temporary_files_of_a_killed_writer_are_never_listed(tmp_path):
     (tmp_path / ".receipt.json.0123.tmp").write_bytes(b"half")
     assert storage.list_files(str(tmp_path)) == []
     assert storage.glob(str(tmp_path / "*")) == []
 
 
-def test_permission_denied_is_one_clear_line(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become another user")
+def test_permission_denied_is_one_clear_line(tmp_path, needs):
+    needs(os.geteuid() == 0, "root to become another user")
     secret = tmp_path / "secret"
     secret.mkdir(mode=0o700)
     (secret / "file").write_bytes(b"x")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "file").write_bytes(b"x")
     for parent in [tmp_path, *list(tmp_path.parents)[:3]]:
         parent.chmod(0o755)
     os.seteuid(65534)
     try:
         with pytest.raises(StorageError, match="permission denied; change its permissions"):
             storage.read_bytes(str(secret / "file"))
-        with pytest.raises(StorageError, match="permission denied"):
-            storage.glob(str(secret / "*"))
+        for pattern in ("*", "file", "sub/*.jsonl", "**/*.jsonl"):
+            with pytest.raises(StorageError, match=r"secret.*permission denied"):
+                storage.glob(str(secret / pattern))
+        for pattern in ("*/file", "**/file", "**"):  # beside a folder that can be read, so that something is found
+            with pytest.raises(StorageError, match=r"secret/.*: permission denied"):
+                storage.glob(str(tmp_path / pattern))
         with pytest.raises(StorageError, match=r"cannot be written \(1 bytes\): permission denied"):
             storage.write_durable(str(secret / "new"), b"x")
     finally:
@@ -99,14 +149,9 @@ def test_permission_denied_is_one_clear_line(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("needs root to mount a small tmpfs")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("this container may not mount a tmpfs")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+def small_disk(tmp_path, mount_disk):
+    mount_disk(tmp_path, "64k")
+    return tmp_path
 
 
 @pytest.mark.parametrize("write", [storage.write_durable, storage.create_if_absent])

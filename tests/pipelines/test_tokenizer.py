@@ -50,6 +50,12 @@ def test_a_file_that_is_no_tokenizer_is_one_clear_line(tmp_path, content):
         Tokenizer(str(path))
 
 
+def test_a_folder_is_no_tokenizer(tmp_path):
+    with pytest.raises(DataError) as error:
+        Tokenizer(str(tmp_path))
+    assert str(error.value) == f"tokenizer: {tmp_path} is a folder; give a spiece.model file"
+
+
 def test_an_unknown_or_missing_tokenizer_is_named():
     with pytest.raises(DataError, match="builtin:huge does not exist; built in: builtin:small_8192"):
         Tokenizer("builtin:huge")

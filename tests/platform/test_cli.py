@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from openmoe.platform import spec
+from openmoe.platform.run_dir import RunDir
+
+ROOT = Path(__file__).parents[2]
 BAD_RUNS = Path(__file__).parent / "bad_runs"
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece", "pydantic", "yaml", "rich")
 
@@ -141,3 +147,53 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("README.md", "tokenizer: README.md is no SentencePiece model; give a spiece.model file\n"),
+        ("tests", "tokenizer: tests is a folder; give a spiece.model file\n"),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line_with_the_remedy(uri, message):
+    result = openmoe("validate", "quickstart", f"data.tokenizer={uri}", cwd=ROOT)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+
+
+def train(run_dir, *overrides):
+    return openmoe("train", "quickstart", f"run_dir={run_dir}", *overrides)
+
+
+def test_an_object_store_larger_than_shared_memory_is_refused_in_one_line(tmp_path, needs):
+    needs(sys.platform.startswith("linux"), "Linux: elsewhere object stores are not in shared memory")
+    result = train(tmp_path / "run", "cluster.object_store_bytes=1000000000000000")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch(
+        r"cluster\.object_store_bytes: /dev/shm has [\d,]+ bytes free, Ray's object store needs 1,000,000,000,000,000; "
+        r"free some, mount a larger /dev/shm, or set a smaller cluster\.object_store_bytes \(at least 80,000,000\)\n",
+        result.stderr,
+    )
+
+
+def test_a_taken_dashboard_port_is_refused_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = train(tmp_path / "run", f"cluster.dashboard_port={port}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"cluster.dashboard_port: 127.0.0.1:{port} cannot be used (Address already in use); "
+        "choose another port, or leave it out to start no dashboard\n"
+    )
+
+
+def test_a_run_directory_of_another_seed_is_refused_in_one_line(tmp_path):
+    RunDir(str(tmp_path)).create(spec.load("quickstart"))
+    result = train(tmp_path, "seed=3")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"run_dir: {tmp_path} belongs to another run (data.seed: 0 there, 3 here; seed: 0 there, 3 here); "
+        "choose another run_dir, or restore those settings to go on with it\n"
+    )

@@ -3,10 +3,13 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 
 from openmoe.platform import cli, controller_lock
+from openmoe.platform.job_events import CancelAsked, Submitted
+from openmoe.platform.job_store import JobStore
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -40,7 +43,6 @@ def test_a_job_is_queued_shown_cancelled_and_queued_again(openmoe, tmp_path):
     [listed] = json.loads(openmoe("jobs", "list", "--json"))
     assert (listed["id"], listed["state"], listed["attempt"]) == (job_id, "queued", 0)
     assert listed["run_dir"] == str(tmp_path / "openmoe-runs" / "quickstart")
-    assert "no controller runs: openmoe controller run" in openmoe("jobs", "list")
     shown = json.loads(openmoe("jobs", "show", "quick", "--json"))  # the beginning of the id is enough
     assert (shown["id"], shown["step"], shown["submission_id"]) == (job_id, 0, None)
     assert f"run_dir: {tmp_path}/openmoe-runs/quickstart" in shown["run_file"]
@@ -55,6 +57,55 @@ def test_a_job_is_queued_shown_cancelled_and_queued_again(openmoe, tmp_path):
         "cancelled before it started: on request",
         "asked to try again, with fresh budgets",
     ]
+
+
+def submitted(job_id, time_s, cluster=NOWHERE):
+    return Submitted(
+        job_id=job_id, time_s=time_s, name="night", run_dir=f"/runs/{job_id}", run_file="name: night\n",
+        cluster=cluster, cluster_file="", slots=1, budgets={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def four_jobs(tmp_path):
+    """Two that were cancelled, the first a week ago, and two that are queued."""
+    (tmp_path / "home").mkdir()
+    store, now_s = JobStore(tmp_path / "home" / "controller.db"), time.time()
+    for job_id, age_s in (("old-ab12", 604_800.0), ("new-cd34", 60.0)):
+        store.apply(submitted(job_id, now_s - age_s))
+        store.apply(CancelAsked(job_id=job_id, time_s=now_s - age_s))
+    for job_id in ("first-ef56", "second-gh78"):
+        store.apply(submitted(job_id, now_s, cluster="small"))
+    store.close()
+
+
+def listed(openmoe, *more):
+    """(id, reason, what it waits for) as the list's JSON has it, all of which its table must show as well."""
+    jobs = [(job["id"], job["reason"], job["waiting"]) for job in json.loads(openmoe("jobs", "list", "--json", *more))]
+    rows = [line for line in openmoe("jobs", "list", *more).splitlines() if line.strip()][1:]
+    assert [row.split()[0] for row in rows] == [job_id for job_id, _, _ in jobs]
+    for row, (_, *said) in zip(rows, jobs, strict=True):
+        assert row.rstrip().endswith("; ".join(filter(None, said)))
+    return jobs
+
+
+def test_the_list_and_its_json_show_the_same_jobs_and_why_they_wait(openmoe, four_jobs, tmp_path):
+    no_controller = "no controller runs: openmoe controller run"
+    recent = [
+        ("new-cd34", "on request", None),
+        ("first-ef56", "", no_controller),
+        ("second-gh78", "", no_controller),
+    ]
+    assert listed(openmoe) == recent
+    assert listed(openmoe, "--all") == [("old-ab12", "on request", None), *recent]
+    with controller_lock.only_one(tmp_path / "home"):
+        assert listed(openmoe)[1:] == [
+            ("first-ef56", "", "needs 1 of small, 0 free"),
+            ("second-gh78", "", "behind first-ef56"),
+        ]
+        shown = json.loads(openmoe("jobs", "show", "second", "--json"))
+        assert (shown["reason"], shown["waiting"]) == ("", "behind first-ef56")
+        assert "behind first-ef56" in openmoe("jobs", "show", "second")
 
 
 def test_what_cannot_be_done_is_said_in_one_line(openmoe, tmp_path):

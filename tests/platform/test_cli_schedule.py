@@ -135,6 +135,22 @@ def test_a_paused_schedule_says_so_and_a_removed_one_leaves_its_jobs(home):
     assert store(home).schedules() == {}
 
 
+def test_each_change_prints_the_schedule_as_json(home):
+    once_a_year = ("--cron", "30 6 1 1 *", "--timezone", "UTC")
+    added = json.loads(schedule("add", "quickstart", *once_a_year, "--window", "1h", "--json"))
+    wanted = {"name": "quickstart", "run_name": "quickstart", "cron": "30 6 1 1 *", "timezone": "UTC"}
+    wanted |= {"cluster": "local", "slots": 1, "overlap": "skip", "catch_up": "none", "window_s": 3600.0}
+    assert {key: added[key] for key in wanted} == wanted
+    assert (added["paused"], [fire["utc"][4:] for fire in added["next"]]) == (False, ["-01-01 06:30 UTC"] * 3)
+    assert json.loads(schedule("pause", "quickstart", "--json")) == added | {"paused": True, "next": []}
+    resumed = json.loads(schedule("resume", "quickstart", "--json"))
+    assert resumed == added | {"last_fired_s": store(home).schedule("quickstart").last_fired_s}
+    assert [resumed] == json.loads(schedule("list", "--json"))
+    job_id = json.loads(schedule("run-now", "quickstart", "--json"))["job"]
+    removed = json.loads(schedule("remove", "quickstart", "--json"))
+    assert removed == {"removed": "quickstart", "jobs_not_done": [job_id]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

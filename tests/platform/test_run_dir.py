@@ -79,8 +79,12 @@ def test_of_drivers_that_claim_at_once_no_two_get_the_same_incarnation(run):
 def test_a_run_directory_of_other_mathematics_is_refused_with_the_difference(run):
     run.create(spec.load("quickstart"))
     run.create(spec.load("quickstart", ["train.steps=500", "cluster.num_workers=1", "cluster.devices_per_worker=4"]))
-    with pytest.raises(RunDirError, match=r"belongs to another run \(seed: 0 there, 7 here\)|seed: 0 there, 7 here"):
+    with pytest.raises(RunDirError) as error:
         run.create(spec.load("quickstart", ["seed=7"]))
+    assert str(error.value) == (
+        f"run_dir: {run.path} belongs to another run (data.seed: 0 there, 7 here; seed: 0 there, 7 here); "
+        "choose another run_dir, or restore those settings to go on with it"
+    )
 
 
 def test_a_damaged_record_is_named(run, tmp_path):
@@ -150,3 +154,28 @@ def test_an_unwritable_run_directory_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"run\.json: cannot be written"):
         RunDir(str(tmp_path / "file" / "run")).create(spec.load("quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[]", "holds list, not an object; the run directory is damaged"),
+        ('{"name": "x"}', "not that of a run, it has no `spec`; choose another run_dir"),
+        ('{"format": 9}', "not of format 1, which this version reads"),
+        ('{"na', "not readable as JSON (Unterminated string starting at: line 1 column 2 (char 1)); "
+         "the run directory is damaged"),
+    ],
+)  # fmt: skip
+def test_a_foreign_run_json_is_refused_and_hides_no_other_run(tmp_path, content, problem):
+    path = tmp_path / "foreign" / "run.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    loaded = spec.load("quickstart", [f"run_dir={path.parent}"])
+    with pytest.raises(RunDirError) as error:
+        RunDir(str(path.parent)).create(loaded)
+    assert str(error.value) == f"{path}: {problem}"
+    RunDir(str(tmp_path / "ours")).create(loaded)
+    assert [(run.name, run.state, run.problem) for run in list_runs(str(tmp_path))] == [
+        ("foreign", "damaged", f"{path}: {problem}"),
+        ("quickstart", "started", ""),
+    ]

@@ -186,7 +186,7 @@ NUM_FIELDS = {
     spec.RunSpec: 12,
     spec_sections.TrainConfig: 7,
     spec_sections.MeshConfig: 2,
-    spec_sections.ClusterConfig: 11,
+    spec_sections.ClusterConfig: 12,
     spec_sections.BudgetsConfig: 8,
     ModelConfig: 22,
     OptimizerConfig: 8,

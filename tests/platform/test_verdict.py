@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose
+from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose, same_end
 
 BUDGETS = {
     "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0, "unknown": 1,
@@ -125,8 +125,34 @@ def test_each_cause_spends_its_own_budget(cause, spent, action):
     assert decide(Verdict(cause=cause, reason=""), BUDGETS, spent).action == action
 
 
+@pytest.mark.parametrize(
+    ("last", "trace", "step", "same"),
+    [
+        (None, "KeyError: 3", 20, False),
+        (("KeyError: 3", 20), "KeyError: 3", 20, True),
+        (("KeyError: 3", 40), "KeyError: 3", 20, True),  # it fell back a checkpoint
+        (("KeyError: 3", 20), "KeyError: 3", 40, False),
+        (("KeyError: 3", 20), "KeyError: 4", 20, False),
+        (("at 0x7f3ff265a050, pid=123", 20), "at 0x7f0af3e5a267, pid=9", 20, True),
+        (("no answer of 10.0.0.3:4711", 20), "no answer of 10.0.0.9:18", 20, True),
+        (("actor 0a1b2c3d4e5f607182934455 died", 20), "actor ffffffffffffffff02000000 died", 20, True),
+        (("", 20), "", 20, False),  # ends that left no trace prove nothing
+    ],
+)
+def test_two_ends_are_the_same_when_all_but_incidentals_is_and_nothing_was_gained(last, trace, step, same):
+    assert same_end(last, trace, step) is same
+
+
 def test_the_same_trace_without_progress_ends_the_attempt():
-    verdict = Verdict(cause="host_fault", reason="the process of rank 1 died", trace="Killed")
+    verdict = Verdict(cause="unknown", reason="it ended", trace="KeyError: 3")
     decision = decide(verdict, BUDGETS, {}, same_trace_without_progress=True)
     assert decision.action == "stop"
     assert "twice without progress" in decision.reason
+
+
+def test_what_a_worker_says_of_its_end_outranks_what_was_seen_of_it():
+    seen = Evidence(failures=(failure("process_died", 0), failure("process_died", 1)), preempted_ranks=(0,))
+    told = {1: failure("raised", 1, "ValueError: shapes")}
+    assert seen.with_told({}) == seen
+    assert diagnose(seen.with_told(told)).reason == "rank 1 raised: ValueError: shapes"
+    assert [(f.rank, f.kind) for f in seen.with_told(told).failures] == [(1, "raised"), (0, "process_died")]

@@ -3,9 +3,18 @@
 import os
 import signal
 
+import jax
 import pytest
+import ray.exceptions
 
-from openmoe.platform import spec, verdict
+from openmoe.pipelines.config import DataError
+from openmoe.pipelines.storage import StorageError
+from openmoe.platform import spec, verdict, worker_group
+from openmoe.platform.recorder import NonFiniteLoss
+from openmoe.platform.run_dir import RunDirError
+from openmoe.platform.saver import DamagedCheckpoint, Superseded
+from openmoe.platform.spec import ClusterConfig
+from openmoe.platform.verdict import Failure
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -13,8 +22,6 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.fixture(scope="module")
 def run_group(ray_local, tmp_path_factory):
     """Runs a function on 2 workers x 2 virtual devices; functions are defined in tests, so Ray ships them by value."""
-    from openmoe.platform import worker_group
-
     folder = tmp_path_factory.mktemp("group")
     loaded = spec.load("quickstart", [f"run_dir={folder}"])
 
@@ -64,3 +71,114 @@ def test_an_exception_in_a_worker_is_bad_code_with_its_trace(run_group):
     assert found.cause == "bad_code"
     assert "no such layer" in found.reason
     assert "in fail" in found.trace
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (ray.exceptions.OutOfMemoryError("a worker was killed"), "out_of_memory"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "out_of_memory"),
+        (ray.exceptions.NodeDiedError("the node was running low on memory"), "out_of_memory"),
+        (ray.exceptions.RayActorError(), "process_died"),
+        (ray.exceptions.ActorDiedError(), "process_died"),
+        (DataError("wiki.jsonl: no document"), "bad_input"),
+        (RunDirError("run_dir: belongs to another run"), "bad_input"),
+        (StorageError("shard: cannot be read"), "bad_input"),
+        (NonFiniteLoss("step 3: loss nan"), "bad_numbers"),
+        (DamagedCheckpoint(1, "its bits differ"), "damaged_checkpoint"),
+        (Superseded("incarnation 1 is no longer the newest"), "superseded"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo AllReduce failed: Connection reset by peer"), "lost_peer"),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: the coordination service has gone"), "lost_peer"),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), "raised"),
+        (ValueError("gloo is a word here"), "raised"),
+    ],
+)
+def test_what_a_worker_raised_is_named_by_its_kind(error, kind):
+    assert worker_group.failure_of(3, error) == Failure(rank=3, kind=kind, text=str(error))
+
+
+def test_the_trace_that_an_error_carries_is_its_text():
+    error = ValueError("no such layer")
+    error.add_note("Traceback: in layers.py")
+    assert worker_group.failure_of(0, error) == Failure(rank=0, kind="raised", text="Traceback: in layers.py")
+
+
+def test_of_bad_input_the_text_is_its_one_line_whatever_trace_it_carries():
+    error = StorageError("/data/shard: cannot be read: permission denied")
+    error.add_note("Traceback: in storage.py")
+    assert worker_group.failure_of(1, error) == Failure(
+        rank=1, kind="bad_input", text="/data/shard: cannot be read: permission denied"
+    )
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked_for", "environment"),
+    [
+        (
+            {"accelerator": "cpu", "num_workers": 2, "devices_per_worker": 4},
+            (2, False, False, None, None, {"CPU": 1}),
+            {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+        ),
+        (
+            {"accelerator": "gpu", "num_workers": 3, "devices_per_worker": 8, "cpus_per_worker": 12},
+            (3, True, False, None, None, {"CPU": 12, "GPU": 8}),
+            {"JAX_PLATFORMS": "cuda"},
+        ),
+        (
+            {
+                **{"accelerator": "tpu", "num_workers": 4, "devices_per_worker": 4, "cpus_per_worker": 2},
+                **{"topology": "2x2x2", "accelerator_type": "TPU-V4"},
+            },
+            (4, False, True, "2x2x2", "TPU-V4", {"CPU": 2, "TPU": 4}),
+            {},
+        ),
+    ],
+)
+def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, asked_for, environment):
+    config = ClusterConfig(**cluster)
+    asked = worker_group.scaling_config(config)
+    assert asked_for == (
+        asked.num_workers,
+        asked.use_gpu,
+        asked.use_tpu,
+        asked.topology,
+        asked.accelerator_type,
+        asked.resources_per_worker,
+    )
+    assert worker_group.worker_environment(config) == environment
+
+
+def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stood(run_group):
+    from openmoe.platform import board as boards
+
+    def wait_for_what_never_comes(config):
+        import threading
+
+        import jax
+        from jax.experimental import multihost_utils
+
+        from openmoe.platform import worker
+
+        rank = jax.process_index()
+        with worker.watched(config["board"], rank, timeout_s=3 if rank == 1 else 60):
+            if rank == 1:
+                threading.Event().wait()
+            multihost_utils.sync_global_devices("all are here")
+
+    board = boards.start()
+    evidence = run_group(wait_for_what_never_comes, board=board)
+    found = verdict.diagnose(evidence.with_told(boards.ask(board.failures.remote(), {})))
+    assert (found.cause, found.reason) == ("hang", "rank 1 made no progress: stuck here: no step for 3 s")
+    assert "in wait_for_what_never_comes" in found.trace
+
+
+def test_a_board_that_is_gone_answers_nothing_and_ends_no_run(ray_local):
+    from openmoe.platform import board as boards
+
+    board = boards.start()
+    board.put.remote({"step": 3})
+    assert boards.ask(board.take.remote(), None) == {"step": 3}
+    ray_local.kill(board)
+    assert boards.ask(board.take.remote(), None) is None
+    assert boards.ask(board.placements.remote(), {0: "node"}) == {0: "node"}

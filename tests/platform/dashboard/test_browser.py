@@ -1,13 +1,21 @@
 """The pages in a real browser: drawn, live, by keyboard, narrow, dark, and deaf to what runs write."""
 
+import os
 import re
+import time
 
 import pytest
 from playwright.sync_api import expect
 
+from openmoe.clusters import processes, provider, ray_start
+from openmoe.clusters.spec import ClusterSpec
+from openmoe.clusters.twin_state import Cluster, Node
 from openmoe.platform import spec
+from openmoe.platform.cron import Schedule, ScheduleAdded, ScheduleFired, SchedulePaused
 from openmoe.platform.dashboard import summary
 from openmoe.platform.dashboard.watch import key_of
+from openmoe.platform.job_events import Admitted, CancelAsked, Submitted
+from openmoe.platform.job_store import JobStore
 
 INK = """canvas => {
   const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -188,6 +196,87 @@ def test_the_overview_lists_runs_and_leads_to_them(begin, served, browse):
     expect(page.locator("#page")).to_contain_text("No controller has run on this machine. openmoe up starts")
     row.get_by_role("link").click()
     expect(page.locator("#status")).to_contain_text("60 of 100 steps")
+
+
+def write_jobs(home, run_dir):
+    """Two schedules: one started a job, the other has a hostile name and result; and a hostile job, cancelled."""
+    wanted = {"run_dir": run_dir, "run_file": "name: night\n", "cluster": "small", "cluster_file": "", "slots": 1}
+    wanted |= {"budgets": {"preemption": 9}}
+    clock = {"cron": "30 6 1 1 *", "timezone": "UTC", "run_name": "night"}
+    now = {"time_s": time.time()}
+    fired = {"fire_s": now["time_s"], **now}
+    events = [
+        ScheduleAdded(schedule=name, definition=Schedule(name=name, **clock, **wanted), **now)
+        for name in ("nightly", HOSTILE)
+    ]
+    events += [
+        ScheduleFired(schedule="nightly", job_id="night-ab12", **fired),
+        Submitted(job_id="night-ab12", name="night", schedule="nightly", **wanted, **now),
+        Admitted(job_id="night-ab12", **now),
+        ScheduleFired(schedule=HOSTILE, skipped=HOSTILE, **fired),
+        SchedulePaused(schedule=HOSTILE, **now),
+        Submitted(job_id=HOSTILE, name=HOSTILE, **wanted | {"run_dir": f"{run_dir}-2"}, **now),
+        CancelAsked(job_id=HOSTILE, why=HOSTILE, **now),
+    ]
+    home.mkdir()
+    store = JobStore(home / "controller.db")
+    store.apply_all(events)
+    store.close()
+
+
+def write_clusters(home):
+    """A cluster without one of its slices, this process standing for all others of it; and a damaged hostile one."""
+    hostile_dir, state_dir = home / "clusters" / HOSTILE.partition("</")[0], home / "clusters" / "small"
+    hostile_dir.mkdir(parents=True)
+    (hostile_dir / "cluster.json").write_text("{}")
+    state_dir.mkdir()
+    settings = ClusterSpec(name="small", provider="twin", accelerator="v4", topology="2x2x2", slices=2)
+    address = {"ip": "127.71.3.1", "gcs_address": "127.71.3.1:20001", "dashboard_url": "http://127.0.0.1:20002"}
+    cluster = Cluster(state_dir=state_dir, spec=settings, temp_dir=home / "openmoe-abc", **address)
+    cluster.save()
+    hosts = ray_start.planned(settings, "127.71.3")
+    provider.write(state_dir, hosts)
+    provider.set_state(state_dir, hosts[:2], "RUNNING", 5.0)
+    provider.set_state(state_dir, hosts[2:], "PREEMPTED", 5.0)
+    for name in ("head", "slice-a-0", "slice-a-1"):
+        this = processes.identify(os.getpid())
+        cluster.save_node(Node(name=name, mark=cluster.new_mark(name), node_id="ab", processes=(this,)))
+
+
+def test_jobs_schedules_and_clusters_are_shown(written, start_dashboard, browse, tmp_path):
+    run = written("night").with_two_interruptions()
+    write_jobs(tmp_path / "home", run.dir.path)
+    write_clusters(tmp_path / "home")
+    address, token = start_dashboard(tmp_path / "runs", tmp_path / "home")
+    page = browse(f"{address}/?token={token}")
+
+    def shows(heading, *rows):
+        section = page.locator("section", has=page.get_by_role("heading", name=heading))
+        expect(section.locator("tbody tr")).to_have_count(len(rows), timeout=15_000)
+        for number, cells in enumerate(rows):
+            expect(section.locator("tbody tr").nth(number).locator("td")).to_have_text(cells)
+
+    ago, soon = re.compile("ago|just now"), re.compile(", in ")
+    shows(
+        "What is asked for?",
+        [HOSTILE, "cancelled", "", "", "small", HOSTILE, ago],
+        ["night-ab12schedule nightly", "starting", "60 / 100", "1", "small", "", ago],
+    )
+    shows(
+        "What starts by the clock?",
+        ["nightly", "night", "30 6 1 1 * (UTC)", soon, "night-ab12"],
+        [HOSTILE, "night", "30 6 1 1 * (UTC)", "paused", f"skipped: {HOSTILE}"],
+    )
+    shows(
+        "Where can it run?",
+        [HOSTILE.partition("</")[0], "", re.compile("<img src=x .* not what this version writes"), ""],
+        ["small", "twin", "ready", "slice-a (2 hosts) readyslice-b (2 hosts) preempted"],
+    )
+    assert page.locator("img").count() == 0
+    assert page.evaluate("window.hacked") is None
+    page.get_by_role("link", name="night-ab12").click()
+    expect(page.locator("#status")).to_contain_text("60 of 100 steps")
+    expect(page.locator("#story")).to_contain_text("attempt 1 starts")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

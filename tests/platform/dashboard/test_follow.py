@@ -44,7 +44,8 @@ def test_however_a_run_grows_following_it_gives_its_trace(doings):
     with tempfile.TemporaryDirectory() as folder:
         run, journals, steps, accepted = RunDir(folder), {}, {}, 0
         spec = {"train": {"batch_rows": 1}, "data": {"seq_len": 1}}
-        Path(folder, "run.json").write_text(json.dumps({"format": 1, "created_s": 0.0, "spec": spec}))
+        record = {"format": 1, "name": "a", "created_s": 0.0, "spec": spec, "spec_hash": "", "mathematics": {}}
+        Path(folder, "run.json").write_text(json.dumps(record))
         followed = RunFollower(run)
         for doing in ["claim", *doings, "look"]:
             newest = max(journals, default=0)

@@ -1,0 +1,65 @@
+"""What the workers tell the driver while they live: where they are, the newest step, and what ended them.
+
+One small actor on the driver's node. It is a view and a witness, never the record: that is the run directory. Nobody
+waits for it for long, and losing it ends no run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from openmoe.platform.verdict import Failure
+
+T = TypeVar("T")
+
+
+class Board:
+    """Holds what was said until the driver asks."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, Any] | None = None
+        self._nodes: dict[int, str] = {}
+        self._failures: dict[int, Failure] = {}
+
+    def place(self, rank: int, node_id: str) -> None:
+        """Keeps the Ray node on which a worker runs."""
+        self._nodes[rank] = node_id
+
+    def placements(self) -> dict[int, str]:
+        """Returns the Ray node id of each rank that said so."""
+        return self._nodes
+
+    def put(self, record: dict[str, Any]) -> None:
+        """Replaces the newest step's record."""
+        self._newest = record
+
+    def take(self) -> dict[str, Any] | None:
+        """Returns the newest record since the last call, if any."""
+        newest, self._newest = self._newest, None
+        return newest
+
+    def fail(self, failure: Failure) -> None:
+        """Keeps what a worker says of its own end; the first word of a rank counts."""
+        self._failures.setdefault(failure.rank, failure)
+
+    def failures(self) -> dict[int, Failure]:
+        """Returns what each rank said of its end."""
+        return self._failures
+
+
+def start() -> Any:
+    """Starts the board on this node, so that it lives as long as the driver that reads it; returns its handle."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def ask(answer: Any, nothing: T) -> T:
+    """Returns the answer to a question to the board, or `nothing` when the board is gone."""
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayError:
+        return nothing

@@ -1,0 +1,118 @@
+"""The driver judges each incarnation by its evidence, and does what the decision says."""
+
+import pytest
+
+from openmoe.pipelines.config import DataError
+from openmoe.platform import driver, hosts, spec
+from openmoe.platform.driver import Attempt
+from openmoe.platform.lineage import Acceptance
+from openmoe.platform.progress import ProgressReport
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.verdict import Evidence, Failure
+
+CRASH = Evidence(failures=(Failure(rank=1, kind="raised", text="Traceback at 0x7f00\nKeyError: 'no such layer'"),))
+DEATH = Evidence(failures=(Failure(rank=1, kind="process_died", text="actor 0a1b2c3d4e5f60718293 died"),))
+EVICTION = Evidence(preempted_ranks=(0, 1))
+
+
+def crash(address):
+    return Evidence(failures=(Failure(rank=1, kind="raised", text=f"Traceback at {address}\nKeyError: 3"),))
+
+
+@pytest.fixture
+def attempt(tmp_path, monkeypatch, capsys):
+    """Returns a function that plays an attempt whose incarnations end as told, then what it printed and journalled.
+
+    An end is evidence, None for a finished run, or something that is raised; a number before it is a step that was
+    accepted first.
+    """
+
+    def play(*ends, overrides=()):
+        loaded = spec.load("quickstart", [f"run_dir={tmp_path}/run", *overrides])
+        run = RunDir(loaded.run_dir)
+        run.create(loaded)
+        left = list(ends)
+
+        def incarnate(self, claim, journal, check):
+            if isinstance(left[0], int):
+                step = left.pop(0)
+                run.accept(Acceptance(
+                    number=1, incarnation=claim.incarnation, step=step, next_row=step, checkpoint="", digest="",
+                    ledger_head="", data_id="",
+                ))  # fmt: skip
+            end = left.pop(0)
+            if isinstance(end, BaseException):
+                raise end
+            return end
+
+        monkeypatch.setattr(Attempt, "_incarnate", incarnate)
+        monkeypatch.setattr(hosts, "drain_broken_slices", lambda hosts, say: None)
+        with ProgressReport() as show:
+            tried = Attempt(loaded, run, "manifest", show, tuple, "run-abcd-1")
+            finished = tried.run(lambda: None)
+        assert left == []
+        return finished, tried.exit_code, capsys.readouterr().err, [e for e in run.events() if e["event"] == "ended"]
+
+    return play
+
+
+def test_incarnations_follow_each_other_until_the_run_is_finished(attempt):
+    finished, exit_code, said, ended = attempt(EVICTION, DEATH, EVICTION, None)
+    assert (finished, exit_code) == (True, 0)
+    assert [e["cause"] for e in ended] == ["preemption", "host_fault", "preemption"]
+    assert [e["decision"]["reason"].split(":")[0] for e in ended] == [
+        "preemption 1 of 1000",
+        "host_fault 1 of 10",
+        "preemption 2 of 1000",
+    ]
+    assert {e["attempt"] for e in ended} == {"run-abcd-1"}
+    assert "incarnation 4 starts at step 0 of 100" in said
+
+
+def test_a_spent_budget_ends_the_attempt_with_exit_code_1_and_the_trace(attempt):
+    finished, exit_code, said, ended = attempt(CRASH)
+    assert (finished, exit_code) == (False, 1)
+    assert ended[0]["decision"]["reason"].startswith("budgets.bad_code is spent (0 of 0): rank 1 raised")
+    assert "KeyError: 'no such layer'\n" in said
+
+
+def test_the_same_crash_without_progress_ends_the_attempt_whatever_the_machines_did_in_between(attempt):
+    ends = (20, crash("0x7f01"), EVICTION, DEATH, crash("0x7f02"))
+    finished, exit_code, _, ended = attempt(*ends, overrides=["budgets.bad_code=9"])
+    assert (finished, exit_code) == (False, 1)
+    assert ended[-1]["decision"]["reason"].startswith("the same failure twice without progress")
+
+
+def test_the_same_crash_further_on_spends_its_budget(attempt):
+    ends = (20, crash("0x7f01"), 40, crash("0x7f02"), None)
+    finished, _, _, ended = attempt(*ends, overrides=["budgets.bad_code=9"])
+    assert finished
+    assert [e["decision"]["action"] for e in ended] == ["retry", "retry"]
+
+
+def test_deaths_of_machines_at_one_step_are_no_proof_of_anything(attempt):
+    finished, _, _, ended = attempt(DEATH, DEATH, DEATH, None)
+    assert finished
+    assert [e["cause"] for e in ended] == ["host_fault"] * 3
+
+
+def test_a_stop_on_request_is_journalled_and_goes_up(attempt, tmp_path):
+    with pytest.raises(driver.Stopped):
+        attempt(driver.Stopped("SIGTERM"))
+    [ended] = [e for e in RunDir(f"{tmp_path}/run").events() if e["event"] == "ended"]
+    assert (ended["cause"], ended["decision"]["action"]) == ("operator", "stop")
+
+
+def test_data_that_cannot_be_built_while_it_trains_is_bad_input(attempt, tmp_path):
+    with pytest.raises(DataError):
+        attempt(DataError("c4: 9 of 10 documents are unusable"))
+    [ended] = [e for e in RunDir(f"{tmp_path}/run").events() if e["event"] == "ended"]
+    assert (ended["cause"], ended["decision"]["action"]) == ("bad_input", "stop")
+
+
+def test_bad_input_found_by_a_worker_is_one_line_and_exit_code_2(attempt):
+    line = "/run/checkpoints/000001/20: cannot be written: the disk is full"
+    finished, exit_code, said, _ = attempt(Evidence(failures=(Failure(rank=0, kind="bad_input", text=line),)))
+    assert (finished, exit_code) == (False, 2)
+    assert said.count(line) == 2  # as the reason, and as evidence
+    assert "Traceback" not in said
