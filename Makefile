@@ -1,7 +1,7 @@
 # make quickstart   text to trained MoE, in .venv, under 4 minutes          make test          what a change must pass
 # make check        lint, format, types                                     make test-faults   kills of real runs
 # make wheel        dist/openmoe-*.whl, as Ray jobs carry it                make lock          new versions and hashes
-# make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 4 minutes)
+# make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 5 minutes)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -43,7 +43,7 @@ wheel-check: wheel
 	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --no-deps dist/openmoe-*.whl
-	cd .venv-wheel && bin/openmoe --help && bin/openmoe validate quickstart && bin/openmoe quickstart
+	cd .venv-wheel && bin/openmoe --help && bin/openmoe validate quickstart && bin/openmoe quickstart train.steps=40
 	rm -rf .venv-wheel
 
 $(READY): requirements.lock requirements-uv.lock pyproject.toml

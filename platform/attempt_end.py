@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from openmoe.platform.job_events import RayStatus
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.verdict import Evidence, Failure, FailureKind, Verdict, diagnose
 
 Outcome = Literal["succeeded", "failed", "stopped"]
 BAD_INPUT = 2
@@ -66,12 +66,12 @@ def judge(end: End) -> Judgement:
             return Judgement(outcome="failed", verdict=_forgotten(end))
         case "STOPPED":
             reason = "stopped by somebody else, as with `ray job stop`"
-            return Judgement(outcome="stopped", verdict=_verdict("operator", reason, end))
+            return Judgement(outcome="stopped", verdict=_verdict(Evidence(operator_stop=True), reason, end))
     if decided:
         return Judgement(outcome="failed", verdict=decided, decided=True)
     if end.exit_code == BAD_INPUT:
         lines = "\n".join(driver_lines(end.message)[-5:])
-        verdict = _verdict("bad_input", _last(lines) or "the input is wrong", end, trace=lines)
+        verdict = _verdict(_driver("bad_input"), _last(lines) or "the input is wrong", end, trace=lines)
         return Judgement(outcome="failed", verdict=verdict, decided=True)
     return Judgement(outcome="failed", verdict=_failed(end))
 
@@ -91,26 +91,32 @@ def _decided_by_the_driver(end: End) -> Verdict | None:
 def _failed(end: End) -> Verdict:
     """The driver ended without a word in the journal."""
     if number := _signal_number(end.exit_code):
-        return _verdict("host_fault", f"the driver was killed by {_signal_name(number)}", end)
+        return _verdict(_driver("process_died"), f"the driver was killed by {_signal_name(number)}", end)
     if end.error_type == "JOB_SUPERVISOR_ACTOR_DIED":
-        return _verdict("host_fault", f"the driver's host or supervisor died: {_last(end.message)}", end)
+        return _verdict(_driver("process_died"), f"the driver's host or supervisor died: {_last(end.message)}", end)
     if end.exit_code is None:
-        return _verdict("unknown", f"the driver did not start: {_last(end.message)}", end, trace=end.message)
+        reason = f"the driver did not start: {_last(end.message)}"
+        return _verdict(_driver("controller"), reason, end, trace=end.message)
     lines = driver_lines(end.message)
     reason = f"the driver ended with exit code {end.exit_code}: {lines[-1] if lines else 'it printed nothing'}"
-    return _verdict("unknown", reason, end, trace="\n".join(lines[-30:]))
+    return _verdict(_driver("controller"), reason, end, trace="\n".join(lines[-30:]))
 
 
 def _forgotten(end: End) -> Verdict:
-    return _verdict("cluster_lost", "the cluster that answers now does not know the submission", end)
+    return _verdict(Evidence(cluster_lost=True), "the cluster that answers now does not know the submission", end)
 
 
-def _verdict(cause: Any, reason: str, end: End, trace: str = "") -> Verdict:
+def _driver(kind: FailureKind) -> Evidence:
+    """The evidence of an attempt of which only the end of its driver is known."""
+    return Evidence(failures=(Failure(rank=-1, kind=kind, text=""),))
+
+
+def _verdict(evidence: Evidence, reason: str, end: End, trace: str = "") -> Verdict:
     said = [f"Ray says {end.status}" + (f", exit code {end.exit_code}" if end.exit_code is not None else "")]
     if lines := driver_lines(end.message):
         said.append(f"the driver's last line: {lines[-1]}")
     said.append(f"newest accepted checkpoint: step {end.step}" if end.step else "no checkpoint was accepted yet")
-    return Verdict(cause=cause, reason=reason, trace=trace, evidence=tuple(said))
+    return replace(diagnose(evidence), reason=reason, trace=trace, evidence=tuple(said))
 
 
 def driver_lines(message: str) -> list[str]:

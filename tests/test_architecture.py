@@ -1,6 +1,7 @@
 """The rules of CONTRIBUTING.md that a machine can hold: who imports whom, names, sizes, package lists."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -177,3 +178,8 @@ def test_lock_files_carry_no_addresses():
         text = (ROOT / name).read_text()
         assert "://" not in text
         assert "--hash=sha256:" in text
+
+
+def test_the_readme_names_every_file_of_the_code_once():
+    named = re.findall(r"^    ((?:platform|model|pipelines|clusters)/\S+\.py) ", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(named) == [str(p.relative_to(ROOT)) for p in SOURCES if p.name != "__init__.py"]

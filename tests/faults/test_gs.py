@@ -2,6 +2,8 @@
 
 import pytest
 
+from openmoe.pipelines import storage
+
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 
@@ -20,3 +22,5 @@ def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer
     assert curves(run.run.at("tensorboard"))["loss/cross_entropy"] == {r["step"]: r["loss"] for r in theirs}
     assert [c.incarnation for c in run.run.claims()] == [1, 2]
     assert run.run.finished()["steps"] == 60
+    accepted = [acceptance.checkpoint for acceptance in run.run.acceptances()]
+    assert [path for path in accepted if storage.exists(run.run.at(path))] == accepted[-3:]  # keep_checkpoints
