@@ -52,7 +52,15 @@ def project(x: Array, kernel: Array) -> Array:
     return (flat @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def rotate(x: Array, *, theta: float) -> Array:
+class Rows(NamedTuple):
+    """Where the positions at hand stand in their rows, and what they see there."""
+
+    position: Array  # int32[t] or int32[b, t], index in the row
+    real: Array  # bool[b, t, 1], whether it is more than padding
+    mask: Array  # bool[b, 1, t, s], which positions it sees: of those at hand, or of the cache
+
+
+def rotate(x: Array, position: Array, *, theta: float) -> Array:
     """Rotary position embedding (arXiv:2104.09864): turns x[i] with x[i + k/2] by an angle that grows with t.
 
     The position is the index in the row. Packed segments do not start anew; they need not, because only
@@ -60,12 +68,13 @@ def rotate(x: Array, *, theta: float) -> Array:
 
     Args:
       x: [b, t, h, k], queries or keys.
+      position: int32[t] or int32[b, t], index in the row.
       theta: longest timescale.
     """
-    seq_len, half = x.shape[1], x.shape[-1] // 2
+    half = x.shape[-1] // 2
     timescale = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(seq_len, dtype=jnp.float32)[:, None] / timescale  # [t, k/2]
-    sin, cos = (table(angle).astype(x.dtype)[:, None, :] for table in (jnp.sin, jnp.cos))  # [t, 1, k/2]
+    angle = position.astype(jnp.float32)[..., None] / timescale  # [..., t, k/2]
+    sin, cos = (table(angle).astype(x.dtype)[..., None, :] for table in (jnp.sin, jnp.cos))  # [..., t, 1, k/2]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -102,7 +111,8 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     gradient passes through. That is what the original does with padding.
 
     Args:
-      query, key, value: [b, t, h, k].
+      query: [b, t, h, k].
+      key, value: [b, s, h, k].
       mask: bool[b, 1, t, s].
 
     Returns:
@@ -111,6 +121,17 @@ def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
     logits = jnp.einsum("bthk,bshk->bhts", query, key)
     weights = jax.nn.softmax(logits + jnp.where(mask, 0, MASKED).astype(logits.dtype), axis=-1)
     return jnp.einsum("bhts,bshk->bthk", weights, value)
+
+
+def remember(seen: Array, new: Array, first: Array) -> Array:
+    """Writes consecutive positions into a cache, in each row from a position of its own on.
+
+    Args:
+      seen: [b, s, h, k].
+      new: [b, t, h, k].
+      first: int32[b], where new[:, 0] stands; first + t <= s.
+    """
+    return jax.vmap(jax.lax.dynamic_update_slice)(seen, new, (first, *[jnp.zeros_like(first)] * 2))
 
 
 class GatedWeights(NamedTuple):
@@ -164,13 +185,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with all heads of their own, rotated, without biases."""
+    """Causal self-attention with all heads of their own, rotated, without biases.
+
+    If it is given a collection `cache` (decode.py), it adds the keys, already rotated, and values at hand to it and
+    attends to all that are in it.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array) -> Array:
-        """Maps [b, t, d] to [b, t, d]; the mask is bool[b, 1, t, s]."""
+    def __call__(self, x: Array, rows: Rows) -> Array:
+        """Maps [b, t, d] to [b, t, d]."""
         config = self.config
         d_inner = config.num_heads * config.head_dim
         deviation = fan_in_deviation(config, config.d_model)
@@ -181,12 +206,19 @@ class Attention(nn.Module):
             kernel = Kernel((config.d_model, d_inner), ("embed", "joined_kv"), initializer, name=name)()
             return project(x, kernel).reshape(*x.shape[:2], config.num_heads, config.head_dim)
 
-        query = rotate(heads("query", Normal(deviation / root)), theta=config.rope_theta)
-        key = rotate(heads("key", Normal(deviation)), theta=config.rope_theta)
+        query = rotate(heads("query", Normal(deviation / root)), rows.position, theta=config.rope_theta)
+        key = rotate(heads("key", Normal(deviation)), rows.position, theta=config.rope_theta)
         value = heads("value", Normal(deviation))
+        if self.has_variable("cache", "keys"):
+            key, value = self._remember("keys", key, rows), self._remember("values", value, rows)
         out_normal = Normal(fan_in_deviation(config, d_inner))
         out = Kernel((d_inner, config.d_model), ("joined_kv", "embed"), out_normal, name="out")()
-        return project(attend(query, key, value, mask).reshape(*x.shape[:2], d_inner), out)
+        return project(attend(query, key, value, rows.mask).reshape(*x.shape[:2], d_inner), out)
+
+    def _remember(self, name: str, new: Array, rows: Rows) -> Array:
+        seen = remember(self.get_variable("cache", name), new, rows.position[:, 0])
+        self.put_variable("cache", name, seen)
+        return seen
 
 
 class GatedKernels(nn.Module):

@@ -1,36 +1,141 @@
 """The parts of the training loss, each a plain function; their weights are the caller's.
 
-Axes: b batch, t positions, v vocabulary; in the router's losses S tokens of a group, K = top_k, E experts.
+Axes: b batch, t positions, d d_model, v vocabulary, n positions of a block; in the router's losses S tokens of a
+group, K = top_k, E experts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from openmoe.model.sharding import AXES
+
+BLOCK_LOGITS = 2**27  # that a device forms at a time: 512 MiB, for 512 positions of umT5's vocabulary
 
 
 class TokenLosses(NamedTuple):
     """Losses at every position, not yet weighted."""
 
-    cross_entropy: Array  # float32[b, t]
-    z: Array  # float32[b, t], the squared logarithm of the softmax's denominator
+    cross_entropy: Array  # float32[...]
+    z: Array  # float32[...], the squared logarithm of the softmax's denominator
 
 
 def token_losses(logits: Array, target_ids: Array) -> TokenLosses:
     """Returns the cross-entropy and the z-loss (arXiv:2204.02311, section 5) at every position.
 
     Args:
-      logits: float32[b, t, v].
-      target_ids: int32[b, t].
+      logits: float32[..., v].
+      target_ids: int32[...].
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A comparison, not a gather: its gradient fuses with that of logsumexp and needs no scatter.
-    is_target = jnp.arange(logits.shape[-1]) == target_ids[..., None]  # [b, t, v]
+    is_target = jnp.arange(logits.shape[-1]) == target_ids[..., None]  # [..., v]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return TokenLosses(cross_entropy=log_z - target_logit, z=jnp.square(log_z))
+
+
+def vocabulary_loss(
+    hidden: Array,
+    head: Array,
+    target_ids: Array,
+    weights: Array,
+    *,
+    z_loss_weight: float,
+    mesh: Mesh,
+    block_logits: int = BLOCK_LOGITS,
+) -> tuple[Array, TokenLosses]:
+    """Sums weights * (cross-entropy + z_loss_weight * z-loss) without ever holding the logits of all positions.
+
+    Each device takes its positions block by block and, where a gradient is wanted, forms that of a block while it
+    has the block's logits: as many products as without blocks, none of them twice.
+
+    Args:
+      hidden: float32[b, t, d], rows divided over all devices of the mesh.
+      head: float32[d, v], the same on all devices.
+      target_ids: int32[b, t].
+      weights: float32[b, t].
+      z_loss_weight: of the z-loss.
+      mesh: over whose devices rows are divided.
+      block_logits: most logits that a device forms at a time, unless a single position has more.
+
+    Returns:
+      The sum, float32[], whose gradient flows to `hidden` and `head` alone, and the losses at every position,
+      float32[b, t], through which none flows.
+    """
+    of_device = functools.partial(_loss_of_device, z_loss_weight=z_loss_weight, block_logits=block_logits)
+    by_rows = P(AXES)
+    in_specs = (by_rows, P(), by_rows, by_rows)
+    sums, per_token = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=by_rows)(
+        hidden, head, target_ids, weights
+    )
+    return jnp.sum(sums), jax.lax.stop_gradient(per_token)
+
+
+def _loss_of_device(
+    hidden: Array, head: Array, target_ids: Array, weights: Array, *, z_loss_weight: float, block_logits: int
+) -> tuple[Array, TokenLosses]:
+    """Returns the sum over this device's positions, float32[1], and their losses, float32[b, t]."""
+    blocks = num_blocks(target_ids.size, head.shape[1], block_logits)
+    by_block = [x.reshape(blocks, -1, *x.shape[2:]) for x in (hidden, target_ids, weights)]
+    head = jax.lax.pcast(head, AXES, to="varying")  # so that the devices' gradients are summed once, at the end
+    total, per_token = _loss_of_blocks(z_loss_weight, head, *by_block)
+    return total[None], jax.tree.map(lambda x: x.reshape(target_ids.shape), per_token)
+
+
+def num_blocks(num_positions: int, vocab_size: int, block_logits: int = BLOCK_LOGITS) -> int:
+    """Returns into how few equal blocks of at most block_logits logits the positions divide."""
+    most = max(block_logits // vocab_size, 1)  # positions of a block
+    return next(k for k in range(1, num_positions + 1) if num_positions % k == 0 and num_positions // k <= most)
+
+
+def _loss_of_block(
+    head: Array, hidden: Array, target_ids: Array, weights: Array, z_loss_weight: float
+) -> tuple[Array, TokenLosses]:
+    per_token = token_losses(hidden @ head, target_ids)
+    return jnp.sum(weights * (per_token.cross_entropy + z_loss_weight * per_token.z)), per_token
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss_of_blocks(
+    z_loss_weight: float, head: Array, hidden: Array, target_ids: Array, weights: Array
+) -> tuple[Array, TokenLosses]:
+    """Returns the sum, float32[], and the losses [blocks, n] of hidden [blocks, n, d] and its like."""
+    totals, per_token = jax.lax.map(
+        lambda block: _loss_of_block(head, *block, z_loss_weight), (hidden, target_ids, weights)
+    )
+    return jnp.sum(totals), per_token
+
+
+def _loss_of_blocks_forward(
+    z_loss_weight: float, head: Array, hidden: Array, target_ids: Array, weights: Array
+) -> tuple[tuple[Array, TokenLosses], tuple[Array, Array]]:
+    with_gradient = jax.value_and_grad(_loss_of_block, argnums=(0, 1), has_aux=True)
+
+    def one_more(of_head: Array, block: tuple[Array, ...]) -> tuple[Array, Any]:
+        (total, per_token), (more_of_head, of_hidden) = with_gradient(head, *block, z_loss_weight)
+        return of_head + more_of_head, (total, per_token, of_hidden)
+
+    of_head, (totals, per_token, of_hidden) = jax.lax.scan(
+        one_more, jnp.zeros_like(head), (hidden, target_ids, weights)
+    )
+    return (jnp.sum(totals), per_token), (of_head, of_hidden)
+
+
+def _loss_of_blocks_backward(
+    z_loss_weight: float, gradient: tuple[Array, Array], cotangents: tuple[Array, TokenLosses]
+) -> tuple[Array, Array, None, None]:
+    of_head, of_hidden = gradient
+    return cotangents[0] * of_head, cotangents[0] * of_hidden, None, None
+
+
+_loss_of_blocks.defvjp(_loss_of_blocks_forward, _loss_of_blocks_backward)
 
 
 def load_balancing_loss(probs: Array, load: Array) -> Array:

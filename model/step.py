@@ -126,13 +126,14 @@ class LossParts(NamedTuple):
 def total_loss(config: ModelConfig, mesh: Mesh, params: Any, batch: Batch) -> tuple[Array, LossParts]:
     """Returns the loss of one microbatch [rows, seq], and its parts."""
     output = transformer.forward(config, mesh, params, batch, train=True)
-    per_token = losses.token_losses(output.logits, batch["target_ids"])
-    weights = batch["loss_weights"]
+    head, weights = transformer.head_of(params), batch["loss_weights"]
+    total, per_token = losses.vocabulary_loss(
+        output.hidden, head, batch["target_ids"], weights, z_loss_weight=config.z_loss_weight, mesh=mesh
+    )
     text_weights = weights * (batch["target_ids"] < config.text_vocab_size)
     router = tuple(jax.tree.map(lambda groups: groups.mean(axis=0), layer.statistics) for layer in output.moe)
 
-    normalizer = jnp.sum(weights) if config.normalize_loss else 1.0
-    total = jnp.sum(weights * (per_token.cross_entropy + config.z_loss_weight * per_token.z)) / normalizer
+    total /= jnp.sum(weights) if config.normalize_loss else 1.0
     for layer in router:
         of_layer = config.aux_loss_weight * layer.aux_loss + config.router_z_loss_weight * layer.router_z_loss
         total += of_layer / config.num_moe_layers

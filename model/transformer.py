@@ -14,14 +14,15 @@ from jax.sharding import Mesh
 
 from openmoe.model import layers, moe
 from openmoe.model.config import ModelConfig
-from openmoe.model.layers import Attention, GatedKernels, Kernel, RMSNorm, gated_mlp, project
+from openmoe.model.layers import Attention, GatedKernels, Kernel, RMSNorm, Rows, gated_mlp, project
 from openmoe.model.parameters import Normal, TruncatedNormal, declare, fan_in_deviation
 
 
 class Output(NamedTuple):
     """What the model computes."""
 
-    logits: Array  # float32[b, t, v]
+    logits: Array  # float32[b, t, v]; the compiler leaves them out where nobody reads them
+    hidden: Array  # float32[b, t, d], of which the logits are the product with the head
     moe: tuple[moe.MoEOutput, ...]  # one for each MoE layer
 
 
@@ -31,6 +32,11 @@ def forward(config: ModelConfig, mesh: Mesh, params: Any, batch: dict[str, Array
     output = Transformer(config, mesh, train).apply({"params": params}, *ids)
     assert isinstance(output, Output)
     return output
+
+
+def head_of(params: Any) -> Array:
+    """Returns the head's kernel, float32[d, v]."""
+    return params["decoder"]["logits_dense"]["kernel"]
 
 
 class Transformer(nn.Module):
@@ -46,7 +52,11 @@ class Transformer(nn.Module):
     mesh: Mesh
     train: bool
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the two parts, which both ways of reading rows share."""
+        self.token_embedder = Embedding(self.config)
+        self.decoder = Decoder(self.config, self.mesh, self.train)
+
     def __call__(self, input_ids: Array, target_ids: Array, segment_ids: Array) -> Output:
         """Predicts the targets from the inputs, which are the targets one position later in each segment.
 
@@ -55,10 +65,25 @@ class Transformer(nn.Module):
           target_ids: int32[b, t]; 0 is padding. Only used to see where that is.
           segment_ids: int32[b, t]; positions see only their own segment.
         """
-        x = Embedding(self.config, name="token_embedder")(input_ids)
-        real = layers.real_positions(input_ids)[..., None]
-        mask = layers.attention_mask(target_ids, segment_ids)
-        return Decoder(self.config, self.mesh, self.train, name="decoder")(x, real, mask)
+        rows = Rows(
+            position=jnp.arange(input_ids.shape[1]),
+            real=layers.real_positions(input_ids)[..., None],
+            mask=layers.attention_mask(target_ids, segment_ids),
+        )
+        return self.decoder(self.token_embedder(input_ids), rows)
+
+    def extend(self, input_ids: Array, rows: Rows, last: Array) -> Array:
+        """Reads further positions of rows whose earlier ones are in the collection `cache`, and adds them to it.
+
+        Args:
+          input_ids: int32[b, t], at consecutive positions of each row.
+          rows: where they stand; the mask is over the positions of the cache.
+          last: int32[b], which of the t positions to predict from.
+
+        Returns:
+          float32[b, v], the logits at those positions.
+        """
+        return self.decoder(self.token_embedder(input_ids), rows, last).logits[:, 0]
 
 
 class Embedding(nn.Module):
@@ -82,20 +107,22 @@ class Decoder(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: Array, real: Array, mask: Array) -> Output:
-        """Maps [b, t, d] to logits; `real` is bool[b, t, 1], `mask` bool[b, 1, t, s]."""
+    def __call__(self, x: Array, rows: Rows, last: Array | None = None) -> Output:
+        """Maps [b, t, d] to logits: of all positions, or of one in each row if `last`, int32[b], names it."""
         config, outputs = self.config, []
         for i in range(config.num_layers):
             if config.is_moe_layer(i):
-                x, output = MoELayer(config, self.mesh, self.train, name=f"layers_{i}")(x, real, mask)
+                x, output = MoELayer(config, self.mesh, self.train, name=f"layers_{i}")(x, rows)
                 outputs.append(output)
             else:
-                x = DenseLayer(config, name=f"layers_{i}")(x, real, mask)
-        x = real * RMSNorm(config, name="decoder_norm")(x)
+                x = DenseLayer(config, name=f"layers_{i}")(x, rows)
+        x = (rows.real * RMSNorm(config, name="decoder_norm")(x)).astype(jnp.float32)
+        if last is not None:
+            x = jnp.take_along_axis(x, last[:, None, None], axis=1)
         shape = (config.d_model, config.vocab_size)
         initializer = TruncatedNormal(fan_in_deviation(config, config.d_model))
         head = Kernel(shape, ("embed", "vocab"), initializer, name="logits_dense")()
-        return Output(logits=project(x.astype(jnp.float32), head), moe=tuple(outputs))
+        return Output(logits=project(x, head), hidden=x, moe=tuple(outputs))
 
 
 class DenseLayer(nn.Module):
@@ -104,11 +131,11 @@ class DenseLayer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Array, real: Array, mask: Array) -> Array:
+    def __call__(self, x: Array, rows: Rows) -> Array:
         """Maps [b, t, d] to [b, t, d]."""
-        h = real * RMSNorm(self.config, name="pre_self_attention_layer_norm")(x)
-        x = x + Attention(self.config, name="self_attention")(h, mask)
-        h = real * RMSNorm(self.config, name="pre_mlp_layer_norm")(x)
+        h = rows.real * RMSNorm(self.config, name="pre_self_attention_layer_norm")(x)
+        x = x + Attention(self.config, name="self_attention")(h, rows)
+        h = rows.real * RMSNorm(self.config, name="pre_mlp_layer_norm")(x)
         return x + gated_mlp(h, GatedKernels(self.config, name="mlp")())
 
 
@@ -124,12 +151,12 @@ class MoELayer(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: Array, real: Array, mask: Array) -> tuple[Array, moe.MoEOutput]:
+    def __call__(self, x: Array, rows: Rows) -> tuple[Array, moe.MoEOutput]:
         """Maps [b, t, d] to [b, t, d]; from the first such layer on the residual stream is float32."""
-        h = real * RMSNorm(self.config, name="pre_self_attention_layer_norm")(x)
-        x = x + Attention(self.config, name="self_attention")(h, mask)
-        h = real * RMSNorm(self.config, name="pre_mlp_layer_norm")(x)
+        h = rows.real * RMSNorm(self.config, name="pre_self_attention_layer_norm")(x)
+        x = x + Attention(self.config, name="self_attention")(h, rows)
+        h = rows.real * RMSNorm(self.config, name="pre_mlp_layer_norm")(x)
         output = moe.MoE(self.config, self.mesh, self.train, name="mlp")(h)
         x = x + output.y
-        h = real * RMSNorm(self.config, name="pre_extra_mlp_layer_norm")(x)
+        h = rows.real * RMSNorm(self.config, name="pre_extra_mlp_layer_norm")(x)
         return x + gated_mlp(h, GatedKernels(self.config, name="extra_mlp")()), output

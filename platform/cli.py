@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmoe.platform import cli_cluster, cli_dashboard, cli_jobs, cli_render, cli_schedule, tables
+from openmoe.platform import (
+    cli_cluster,
+    cli_convert,
+    cli_dashboard,
+    cli_generate,
+    cli_jobs,
+    cli_render,
+    cli_schedule,
+    tables,
+)
 
 if TYPE_CHECKING:
     from openmoe.platform.data_summary import SourceSummary
@@ -55,7 +64,11 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     from openmoe.platform.spec_errors import SpecError
 
     ours = (SpecError, DataError, StorageError, RunDirError, JournalError, LocalRayError, TwinError, JobError)
-    return (*ours, DashboardError)
+    if "openmoe.model.t5x_checkpoint" not in sys.modules:  # its import takes seconds; then it has raised nothing
+        return (*ours, DashboardError)
+    from openmoe.model.t5x_checkpoint import CheckpointError
+
+    return (*ours, DashboardError, CheckpointError)
 
 
 def _may_pass(error: ValueError) -> bool:
@@ -98,7 +111,9 @@ def train(
 
 app.command()(cli_jobs.up)
 app.command()(cli_jobs.submit)
+app.command()(cli_convert.convert)
 app.command()(cli_dashboard.dashboard)
+app.command()(cli_generate.generate)
 
 
 @app.command()

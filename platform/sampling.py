@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from openmoe.model import sample, sharding, step
 from openmoe.pipelines import tokenizer
 from openmoe.platform.recorder import Recorder
@@ -15,8 +13,7 @@ PROMPTS = (
     "Return the value of the option as a string, or raise an error if",
     "This module implements an interface to the system calls which are",
 )
-PROMPT_TOKENS = 10  # of each text: prompts of one length are sampled together
-TEMPERATURE = 0.7
+SAMPLING = sample.Sampling(temperature=0.7)
 
 
 def record_samples(spec: RunSpec, state: step.TrainState, recorder: Recorder) -> None:
@@ -28,24 +25,15 @@ def record_samples(spec: RunSpec, state: step.TrainState, recorder: Recorder) ->
         return
     model = tokenizer.load(spec.data.tokenizer)
     vocabulary = model.vocabulary(spec.data.num_sentinels)
-    texts = [ids[:PROMPT_TOKENS].tolist() for ids in model.encode(list(PROMPTS))]
-    prompts = np.asarray([[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in texts], np.int32)
-    tokens = sample.sample(
+    drawn = sample.stream(
         state.params,
         spec.model,
-        prompts,
+        [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in model.encode(list(PROMPTS))],
         spec.train.sample_tokens,
-        temperature=TEMPERATURE,
+        sampling=SAMPLING,
+        eos_id=vocabulary.eos_id,
         seed=spec.seed,
         mesh=sharding.make_mesh(data=spec.mesh.data, expert=spec.mesh.expert),
     )
-    continuations = [_until(row.tolist(), vocabulary.eos_id) for row in tokens[:, prompts.shape[1] :]]
-    pairs = [
-        [model.decode(ids), model.decode(continuation, spec.data.num_sentinels)]
-        for ids, continuation in zip(texts, continuations, strict=True)
-    ]
-    recorder.event("sampled", step=int(state.step), samples=pairs)
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+    continuations = [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]
+    recorder.event("sampled", step=int(state.step), samples=[list(p) for p in zip(PROMPTS, continuations, strict=True)])

@@ -14,7 +14,7 @@ FOLDERS = ("platform", "model", "pipelines", "clusters")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 ALLOWED = {
-    "model": {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "etils"},
+    "model": {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "etils", "tensorstore", "msgpack", "fsspec"},
     "pipelines": {
         "numpy",
         "pyarrow",

@@ -139,6 +139,12 @@ def run_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small():
+    """The settings that make the quickstart's run small."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def new_trainer(run_file):
     """Returns the function that gives a Trainer in any run directory; whoever starts it ends it."""
     return functools.partial(Trainer, run_file)

@@ -19,16 +19,6 @@ from openmoe.platform.run_dir import RunDir
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-SMALL = (
-    "model.num_layers=2",
-    "model.d_model=64",
-    "model.d_ff=64",
-    "model.group_size=128",
-    "data.seq_len=128",
-    "train.steps=60",
-    "train.checkpoint_every_steps=10",
-    "train.sample_tokens=0",
-)
 # A controller that kills itself, once, where the first argument says.
 KILLED_AT = """
 import os, signal, sys
@@ -57,8 +47,8 @@ controller.run(home.home(), lambda line: print(line, flush=True))
 class Place:
     """A plain local Ray in a home of its own, the `openmoe` command there, and controllers that come and go."""
 
-    def __init__(self, home, run_file):
-        self.home, self.run_file, self.name = home, run_file, "plain"
+    def __init__(self, home, run_file, settings):
+        self.home, self.run, self.name = home, (run_file, *settings), "plain"
         self.environment = {**os.environ, "OPENMOE_HOME": str(home)}
         self.controller = None
         self.log = home / "controller.log"
@@ -89,8 +79,7 @@ class Place:
             assert self.controller.wait(30) == 0
 
     def submit(self, run_dir, *settings):
-        run = ("submit", self.run_file, *SMALL, f"run_dir={run_dir}", *settings)
-        return json.loads(self.openmoe(*run, "--json"))["id"]
+        return json.loads(self.openmoe("submit", *self.run, f"run_dir={run_dir}", *settings, "--json"))["id"]
 
     def job(self, job_id):
         store = JobStore(self.home / "controller.db")
@@ -120,9 +109,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(run_file, tmp_path_factory):
+def place(run_file, small, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    here = Place(home, run_file)
+    here = Place(home, run_file, small)
     try:
         twin.up(ClusterSpec(name=here.name, provider="local"), here.state_dir, print)
         yield here

@@ -94,6 +94,19 @@ def test_choices_kept_flags_and_slots_are_exact(moe_c):
     assert_routing_is_exact(output.moe, case)
 
 
+def test_padding_sinks_into_experts_0_and_1_and_predicts_nothing(moe_c):
+    case, output, _, _ = moe_c
+    padding = np.pad(case["batch/decoder_input_tokens"] == 0, ((0, 0), (0, 1)), constant_values=True)
+    padding = padding[:, :-1] & padding[:, 1:] & (np.arange(32) > 0)
+    assert padding.sum() == 59
+    assert (output.logits[padding] == 0).all()
+    for layer, num_kept in zip(output.moe, (46, 23), strict=True):
+        expert_index, gate, kept = (array.reshape(8, 32, 2)[padding] for array in layer.routing[:3])
+        assert (expert_index == [0, 1]).all()
+        assert (gate == 0.25).all()
+        assert kept.sum() == num_kept  # of the 118 places that padding asks for
+
+
 def test_router_statistics_of_each_layer(moe_c):
     case, output, _, _ = moe_c
     assert_statistics_agree(output.moe, case)
@@ -148,6 +161,18 @@ def test_full_case(name, changes, train, full_golden, moe_config, moe_params, me
     np.testing.assert_allclose(output.logits, case["logits"], atol=1e-4)
     assert_routing_is_exact(output.moe, case)
     assert_statistics_agree(output.moe, case)
+
+
+def test_bfloat16_stays_near_the_originals(full_golden, moe_config, moe_params, mesh_of):
+    case = full_golden("moe_f_train_bfloat16_packed.npz")
+    output = forward(replace(moe_config, dtype="bfloat16"), mesh_of(1, 1), moe_params, batch_of(case), train=True)
+    error = np.abs(output.logits - case["logits"])
+    real = case["batch/decoder_target_tokens"] > 0
+    assert np.median(error[real]) < 0.15  # 0.011 when this was written
+    assert error.max() < 1.5  # 0.31
+    for layer, moe in zip((1, 3), output.moe, strict=True):
+        same = moe.routing.expert_index == case[f"router/layer_{layer}/expert_index"]
+        assert same.reshape(*real.shape, 2)[real].mean() >= 0.98
 
 
 def test_dense_model_with_its_summed_loss(full_golden, dense_config, mesh_of):

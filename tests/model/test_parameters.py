@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from openmoe.model import counts, step
 from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.parameters import Normal, TruncatedNormal
 
 
 def flat(tree):
@@ -34,6 +35,29 @@ def test_initial_parameters_have_the_original_statistics(model, full_golden_path
         if statistics["std"]:
             kurtosis = ((array - array.mean()) ** 4).mean() / array.std() ** 4
             assert kurtosis == pytest.approx(statistics["kurtosis"], abs=10 * noise), name
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution"),
+    [
+        ("token_embedder/embedding", Normal(1.0)),
+        ("decoder/layers_0/self_attention/query/kernel", Normal(0.006987712 / 11.3125)),  # sqrt(128) in bfloat16
+        ("decoder/layers_0/self_attention/key/kernel", Normal(0.006987712)),
+        ("decoder/layers_0/self_attention/value/kernel", Normal(0.006987712)),
+        ("decoder/layers_0/self_attention/out/kernel", Normal(0.005705443)),
+        ("decoder/layers_0/mlp/wi_0/kernel", TruncatedNormal(0.006987712)),
+        ("decoder/layers_0/mlp/wo/kernel", TruncatedNormal(0.003493856)),
+        ("decoder/layers_5/mlp/expert/wi_0/kernel", Normal(0.006987712)),
+        ("decoder/layers_5/mlp/expert/wo/kernel", Normal(0.003493856)),
+        ("decoder/layers_5/mlp/router/router_weights/w/kernel", Normal(0.02)),
+        ("decoder/layers_5/extra_mlp/wi_1/kernel", TruncatedNormal(0.006987712)),
+        ("decoder/logits_dense/kernel", TruncatedNormal(0.006987712)),
+    ],
+)
+def test_initial_distributions_of_openmoe_8b(name, distribution, mesh_of):
+    found = flat(step.declarations(PRESETS["openmoe-8b"], mesh_of(1, 1)))[name].initializer
+    assert type(found) is type(distribution)
+    assert found.deviation == pytest.approx(distribution.deviation, rel=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,0 +1,398 @@
+"""Legacy T5X checkpoints, read and written: the format of the original's runs and of the released models.
+
+    checkpoint_100000/
+      checkpoint                           the index, in msgpack: {"version": 3, "optimizer": {"target", "state"}}
+      target.decoder.decoder_norm.scale/   an array in zarr v2: .zarray, and chunks in gzip
+      state.param_states.decoder.layers_5.mlp.expert.wo.kernel.v_row/
+
+A leaf of the index is a TensorStore spec that names such a folder, or the array itself: T5X does so with what it does
+not partition, the step and the factors of matrices. Every parameter has the moments `m`, `v`, `v_row` and `v_col`
+there; those that Adafactor does not keep of it are one zero. What is written can be read by t5x/checkpoints.py of
+XueFuzhao/t5x; up to the shape of chunks, which its reader ignores, it is what that would have written.
+
+Arrays are read and written one by one: beside the state itself at most twice the largest array is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import fsspec
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import tensorstore as ts
+from flax import serialization, traverse_util
+from jax import Array
+
+from openmoe.model.optimizer import AdafactorState
+from openmoe.model.step import TrainState
+
+VERSION = 3  # since June 2021; version 2 wrote bfloat16 as uint16
+CHUNK_BYTES = 64 * 2**20
+MOMENTS = ("m", "v", "v_col", "v_row")
+STEP = "state/step"
+
+_GS = "gs://"
+_INDEX = "checkpoint"
+_STATES = "state/param_states/"
+
+Report = Callable[[int, int], None]  # arrays done, of how many
+Dtype = Literal["float32", "bfloat16"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; one line: where, what, the value, the remedy."""
+
+
+class UnknownArray(CheckpointError):
+    """A checkpoint holds an array that the model does not have."""
+
+
+class MissingArray(CheckpointError):
+    """A checkpoint lacks an array that the model has, or a part of one."""
+
+
+class DuplicateArray(CheckpointError):
+    """A checkpoint has two arrays for one place, or two places for one array."""
+
+
+class WrongShape(CheckpointError):
+    """An array of a checkpoint has another shape than in the model."""
+
+
+class StoredArray(NamedTuple):
+    """An array of a checkpoint, not read yet."""
+
+    path: str  # of the checkpoint
+    name: str  # as in T5X: target/decoder/decoder_norm/scale
+    shape: tuple[int, ...]
+    source: np.ndarray | str  # its numbers, if they stand in the index; else its folder
+
+    def read(self) -> np.ndarray:
+        """Returns the whole array in the type it was stored in.
+
+        Raises:
+          MissingArray: its folder or one of its chunks is not there.
+          CheckpointError: its bytes are damaged, or its shape is not that of the index.
+        """
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        spec = {
+            "driver": "zarr",
+            "kvstore": _kvstore(self.path, self.source),
+            "metadata": {"shape": self.shape},
+            "fill_missing_data_reads": False,  # else a lost chunk reads as zeros
+        }
+        try:
+            return ts.open(spec, open=True, read=True).result().read().result()
+        except ValueError as error:
+            kind = MissingArray if str(error).startswith("NOT_FOUND") else CheckpointError
+            problem = f"{self.path}: {self.name}: cannot be read: {_reason(error)}"
+            raise kind(f"{problem}; if it is damaged, copy the checkpoint once more") from error
+
+
+def restore(path: str, template: TrainState, report: Report = lambda *progress: None) -> TrainState:
+    """Reads a checkpoint of the original.
+
+    T5X counts steps once, for the schedule and for Adafactor; ours are two equal numbers. The moments of experts are
+    those of a run that multiplied the gradients of experts by its number of expert partitions, and come as they are:
+    that factor cancels out of updates as long as it stays the same.
+
+    Args:
+      path: `.../checkpoint_<step>`, local or gs://.
+      template: shapes, types and shardings of the result (`step.state_shapes`); what is stored in another type is
+        converted.
+      report: told after each array.
+
+    Raises:
+      CheckpointError: it is not a whole checkpoint of such a state (UnknownArray, MissingArray, DuplicateArray,
+        WrongShape), or it is damaged.
+    """
+    wanted = arrays_by_name(template)
+    stored = stored_arrays(path, wanted)
+    placed: dict[str, Array] = {}
+    for name, like in wanted.items():
+        placed[name] = _placed(stored[name], like)
+        report(len(placed), len(wanted))
+    tree = traverse_util.unflatten_dict(placed, sep="/")
+    count = _placed(stored[STEP], template.opt_state.count)  # not the same array: a step gives both away
+    return TrainState(placed[STEP], tree["target"], AdafactorState(count, tree["state"]["param_states"]))
+
+
+def save(folder: str, state: TrainState, *, dtype: Dtype = "float32", report: Report = lambda *progress: None) -> str:
+    """Writes a checkpoint that the original can read.
+
+    Args:
+      folder: where `checkpoint_<step>` is to appear, local or gs://.
+      state: all of it must be addressable from this process.
+      dtype: of the parameters; moments stay as they are.
+      report: told after each array.
+
+    Returns:
+      The path of the checkpoint.
+
+    Raises:
+      CheckpointError: there is a checkpoint of this step already, it cannot be written, or T5X cannot express it.
+    """
+    if state.step != (updates := state.opt_state.count):
+        problem = f"step {state.step} with {updates} updates of the optimizer: T5X has one number for both"
+        raise CheckpointError(f"{folder}: cannot be written: {problem}; make them equal")
+    arrays = {name: functools.partial(_on_host, array) for name, array in arrays_by_name(state).items()}
+    return write(folder, arrays, dtype=dtype, report=report)
+
+
+def arrays_by_name(state: TrainState) -> dict[str, Any]:
+    """Returns the leaves of a state, or of its shapes, by T5X's names: the optimizer's count is `state/step`, too."""
+    tree = {"target": state.params, "state": {"param_states": state.opt_state.moments, "step": state.step}}
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def stored_arrays(path: str, wanted: Mapping[str, Any]) -> dict[str, StoredArray]:
+    """Returns what a checkpoint holds, each wanted array once, having read its index only.
+
+    Args:
+      path: `.../checkpoint_<step>`, local or gs://.
+      wanted: what has a shape, by T5X's names.
+
+    Raises:
+      CheckpointError: as in `restore`.
+    """
+    found = read_index(path)
+    unused = {name for name, array in found.items() if name not in wanted and _is_unused_moment(array)}
+    remedy = "choose the model and optimizer settings it was written with"
+    if unknown := found.keys() - wanted.keys() - unused:
+        raise UnknownArray(f"{path}: {_listed(unknown)}: there is no such array in this model; {remedy}")
+    if missing := wanted.keys() - found.keys():
+        raise MissingArray(f"{path}: {_listed(missing)}: missing, this model has it; {remedy}")
+    for name, like in wanted.items():
+        if (shape := found[name].shape) != like.shape:
+            raise WrongShape(f"{path}: {name}: has shape {shape}, in this model {like.shape}; {remedy}")
+    return {name: found[name] for name in wanted}
+
+
+def read_index(path: str) -> dict[str, StoredArray]:
+    """Returns all that a checkpoint holds, by T5X's names, having read its index only.
+
+    Raises:
+      DuplicateArray: a name occurs twice, or two names have the same folder.
+      CheckpointError: there is no checkpoint, or its index is damaged.
+    """
+    path = path.rstrip("/")
+    try:
+        data = _files(path).cat_file(f"{path}/{_INDEX}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{path}: no T5X checkpoint: it has no file `{_INDEX}`; give the path of a whole checkpoint_<step>"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}/{_INDEX}: cannot be read: {_reason(error)}") from error
+    try:
+        # Maps become tuples of pairs: a dict would hide a key that comes twice.
+        root = dict(msgpack.unpackb(data, object_pairs_hook=tuple, ext_hook=_unpack_array))
+        if root["version"] != VERSION:
+            raise CheckpointError(f"{path}: version {root['version']} of T5X's format; only {VERSION} can be read")
+        arrays = [_stored(path, name, leaf) for name, leaf in _leaves(root["optimizer"])]
+    except CheckpointError:
+        raise
+    except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}/{_INDEX}: no index of T5X ({error!r}); copy the checkpoint once more") from error
+    if twice := _repeated(array.name for array in arrays):
+        raise DuplicateArray(f"{path}/{_INDEX}: {_listed(twice)}: there twice; write the checkpoint once more")
+    if twice := _repeated(array.source for array in arrays if isinstance(array.source, str)):
+        raise DuplicateArray(f"{path}/{_INDEX}: {_listed(twice)}: two arrays in one folder; write it once more")
+    return {array.name: array for array in arrays}
+
+
+def write(
+    folder: str,
+    arrays: Mapping[str, Callable[[], np.ndarray]],
+    *,
+    dtype: Dtype = "float32",
+    report: Report = lambda *progress: None,
+) -> str:
+    """Writes a checkpoint array by array; as `save`, for arrays that need not be in memory.
+
+    Args:
+      folder: where `checkpoint_<step>` is to appear, local or gs://.
+      arrays: what gives each array, by T5X's names. `state/step` must be among them; moments that are not are taken
+        for unused.
+      dtype: of the parameters.
+      report: told after each array.
+
+    Raises:
+      CheckpointError: there is a checkpoint of this step already, or it cannot be written.
+    """
+    path = f"{folder.rstrip('/')}/checkpoint_{int(arrays[STEP]())}"
+    if _files(path).exists(f"{path}/{_INDEX}" if path.startswith(_GS) else path):
+        raise CheckpointError(f"{path}: is there already; remove it, or choose another folder")
+    leaves: dict[str, Any] = {}
+    with _explained(path), _whole_or_absent(path) as unfinished:
+        for name, array in arrays.items():
+            leaves[name] = _write_array(unfinished, name, array, dtype if name.startswith("target/") else None)
+            report(len(leaves), len(arrays))
+        for name in arrays:
+            for moment in MOMENTS if name.startswith("target/") else ():
+                leaves.setdefault(f"{name.replace('target/', _STATES, 1)}/{moment}", np.zeros(1, np.float32))
+        _write_index(unfinished, leaves)
+    return path
+
+
+def chunk_shape(shape: Sequence[int], max_elements: int) -> list[int]:
+    """Returns the shape of chunks of at most `max_elements`: T5X's rule, the longest side taken to its next divisor."""
+    chunk = list(shape)
+    while np.prod(chunk, dtype=np.int64) > max_elements:
+        axis = int(np.argmax(chunk))
+        chunk[axis] = next(size for size in range(chunk[axis] - 1, 0, -1) if shape[axis] % size == 0)
+    return chunk
+
+
+def _write_array(directory: str, name: str, give: Callable[[], np.ndarray], dtype: str | None) -> np.ndarray | dict:
+    """Writes an array into a folder of its own, or does not, where T5X does not; returns its leaf of the index."""
+    array = give() if dtype is None else give().astype(dtype, copy=False)
+    if name == STEP or (name.endswith(("/v_row", "/v_col")) and array.ndim == 1):
+        return np.asarray(array)
+    folder = f"{name.replace('/', '.')}/"
+    spec = {
+        "driver": "zarr",
+        "dtype": array.dtype.name,
+        "kvstore": _kvstore(directory, folder),
+        "metadata": {
+            "chunks": chunk_shape(array.shape, CHUNK_BYTES // array.dtype.itemsize),
+            "compressor": {"id": "gzip", "level": 1},
+            "shape": list(array.shape),
+        },
+    }
+    store = ts.open(spec, create=True).result()
+    store.write(array, can_reference_source_data_indefinitely=True).result()
+    # A checkpoint can be moved: the index knows neither its directory nor its bucket.
+    anywhere = {"bucket": "t5x-dummy-bucket"} if directory.startswith(_GS) else {}
+    return spec | {"kvstore": {**anywhere, "driver": spec["kvstore"]["driver"], "path": folder}}
+
+
+def _write_index(directory: str, leaves: Mapping[str, Any]) -> None:
+    in_order = {name: leaves[name] for name in sorted(leaves, key=lambda name: name.split("/"))}
+    tree = {"version": VERSION, "optimizer": traverse_util.unflatten_dict(in_order, sep="/")}
+    data = serialization.msgpack_serialize(tree, in_place=True)  # else it sorts the keys
+    if directory.startswith(_GS):
+        _files(directory).pipe_file(f"{directory}/{_INDEX}", data)
+        return
+    with Path(directory, _INDEX).open("wb", buffering=0) as file:
+        file.write(data)
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _whole_or_absent(path: str) -> Generator[str]:
+    """Gives the directory to write to, which at no moment has this name and an index without being whole.
+
+    A local one gets its name at the end. On gs:// that would copy all objects: there the index comes last.
+    """
+    if path.startswith(_GS):
+        with contextlib.suppress(FileNotFoundError):
+            _files(path).rm(path, recursive=True)  # what an unfinished one left
+        yield path
+        return
+    unfinished = Path(f"{path}.tmp-{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        yield str(unfinished)
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Generator[None]:
+    """Turns failures of the file system, and of TensorStore, which are ValueErrors, into one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without TensorStore's account of what it was doing."""
+    return re.sub(r" \[(tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL).partition("\n")[0]
+
+
+def _placed(stored: StoredArray, like: jax.ShapeDtypeStruct) -> Array:
+    """Reads an array onto the devices where it will live."""
+    array = stored.read().astype(like.dtype, copy=False)
+    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+
+
+def _on_host(array: Array) -> np.ndarray:
+    # JAX keeps what it has copied to the host as long as the array; so it gets one that is gone right away.
+    return np.asarray(array.copy())
+
+
+def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yields the names and leaves of an unpacked index: arrays, numbers, specs."""
+    if not isinstance(node, tuple) or any(key == "driver" for key, _ in node):
+        yield "/".join(path), node
+        return
+    for key, below in node:
+        yield from _leaves(below, (*path, key))
+
+
+def _stored(path: str, name: str, leaf: Any) -> StoredArray:
+    if not isinstance(leaf, tuple):
+        value = np.asarray(leaf)
+        if value.dtype == object or value.dtype.kind in "SU":
+            raise ValueError(f"{name}: neither an array nor a spec of one")
+        return StoredArray(path, name, value.shape, value)
+    spec = dict(leaf)
+    kvstore = dict(spec["kvstore"])
+    folder = kvstore["path"] if "path" in kvstore else spec["path"]  # the latter before TensorStore 0.1.14
+    folder = f"{folder.rstrip('/')}/"
+    if folder in ("/", "./", "../") or folder.count("/") > 1:
+        raise ValueError(f"{name}: lies outside of the checkpoint, in {folder}")
+    return StoredArray(path, name, tuple(dict(spec["metadata"])["shape"]), folder)
+
+
+def _unpack_array(code: int, data: bytes) -> np.ndarray:
+    """Reads Flax's extensions of msgpack: 1, an array; 3, a NumPy scalar."""
+    if code not in (1, 3):
+        raise ValueError(f"msgpack extension {code}")
+    shape, dtype, buffer = msgpack.unpackb(data)
+    return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
+
+
+def _is_unused_moment(array: StoredArray) -> bool:
+    return array.name.startswith(_STATES) and array.name.rpartition("/")[2] in MOMENTS and array.shape == (1,)
+
+
+def _kvstore(directory: str, folder: str) -> dict[str, str]:
+    """Returns where TensorStore finds a folder of a directory, local or gs://."""
+    if not directory.startswith(_GS):
+        return {"driver": "file", "path": f"{Path(directory).absolute()}/{folder}"}
+    bucket, _, path = f"{directory}/{folder}".removeprefix(_GS).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": path}
+
+
+def _files(path: str) -> Any:
+    return fsspec.core.url_to_fs(path, use_listings_cache=False)[0]
+
+
+def _repeated(words: Iterable[str]) -> set[str]:
+    return {word for word, times in Counter(words).items() if times > 1}
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first name, parameters before moments, and how many more there are."""
+    first, *rest = sorted(names, key=lambda name: (name.startswith("state/"), name))
+    return f"{first} and {len(rest)} more" if rest else first

@@ -1,0 +1,126 @@
+"""`openmoe convert` as a user runs it: a T5X checkpoint of the nano model to Orbax, back again, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from openmoe.model import checkpoint, sharding, step
+from openmoe.model import t5x_checkpoint as t5x
+from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.optimizer import AdafactorState
+from openmoe.platform import cli
+
+NANO = PRESETS["openmoe-nano"]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=1, expert=1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def state(mesh):
+    """A state of step 5, with moments that are no zeros."""
+    fresh = step.init_state(NANO, OptimizerConfig(), 0, mesh)
+    moments = jax.tree.map(lambda v: v + 0.5, fresh.opt_state.moments)
+    return step.TrainState(fresh.step + 5, fresh.params, AdafactorState(fresh.opt_state.count + 5, moments))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, state):
+    """A folder with t5x/checkpoint_5."""
+    path = tmp_path_factory.mktemp("convert")
+    t5x.save(str(path / "t5x"), state)
+    return path
+
+
+def openmoe(*arguments, cwd):
+    command = [sys.executable, "-m", "openmoe.platform", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ)
+
+
+def test_from_t5x_to_orbax_and_back_is_the_same_state(folder, state, mesh):
+    template = step.state_shapes(NANO, OptimizerConfig(), mesh)
+    there = ("convert", "t5x/checkpoint_5", "orbax", "--from", "t5x", "--to", "orbax", "--model", "openmoe-nano")
+    result = openmoe(*there, cwd=folder)
+    assert (result.returncode, result.stdout) == (0, "orbax/5\n"), result.stderr
+    assert "read: 135 of 135 arrays" in result.stderr
+    assert "write: 1 of 1 checkpoints" in result.stderr
+    restored, loader_state = checkpoint.Checkpointer(str(folder / "orbax")).restore(5, template)
+    assert checkpoint.checksum(restored) == checkpoint.checksum(state)
+    assert loader_state == {"next_row": 0}
+
+    back = ("convert", "orbax/5", "again", "--from", "orbax", "--to", "t5x", "--model", "openmoe-nano", "--json")
+    result = openmoe(*back, cwd=folder)
+    assert (result.returncode, json.loads(result.stdout)) == (0, {"path": "again/checkpoint_5"}), result.stderr
+    restored = t5x.restore(str(folder / "again" / "checkpoint_5"), template)
+    assert checkpoint.checksum(restored) == checkpoint.checksum(state)
+    index = Path("checkpoint_5", "checkpoint")
+    assert (folder / "again" / index).read_bytes() == (folder / "t5x" / index).read_bytes()
+
+
+@pytest.fixture
+def convert(folder, monkeypatch, capsys):
+    """Returns the function that runs `openmoe convert` in this process: exit code, output, errors."""
+    monkeypatch.chdir(folder)
+
+    def run(line):
+        monkeypatch.setattr(sys, "argv", ["openmoe", "convert", *line.split()])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):
+    line = "t5x/checkpoint_5 small --from t5x --to t5x --model openmoe-nano --dtype bfloat16"
+    code, out, _ = convert(line)
+    assert (code, out) == (0, "small/checkpoint_5\n")
+    assert '"bfloat16"' in (folder / out.strip() / "target.decoder.decoder_norm.scale" / ".zarray").read_text()
+    restored = t5x.restore(out.strip(), step.state_shapes(NANO, OptimizerConfig(), mesh))
+    for name, array in t5x.arrays_by_name(restored).items():
+        wanted = t5x.arrays_by_name(state)[name]
+        wanted = wanted.astype("bfloat16").astype("float32") if name.startswith("target/") else wanted
+        np.testing.assert_array_equal(array, wanted, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "t5x/checkpoint_5 new --from t5x --to orbax --model openmoe-nan",
+            "--model openmoe-nan: no preset of this name; did you mean `openmoe-nano`?",
+        ),
+        (
+            "t5x/checkpoint_5 new --from t5x --to orbax --model openmoe-nano --dtype bfloat16",
+            "--dtype bfloat16: orbax checkpoints have float32 only; leave it out",
+        ),
+        (
+            "t5x new --from t5x --to orbax --model openmoe-nano",
+            "t5x: no T5X checkpoint: it has no file `checkpoint`; give the path of a whole checkpoint_<step>",
+        ),
+        (
+            "t5x new --from orbax --to t5x --model openmoe-nano",
+            "t5x: no checkpoint of Orbax; give the path of one step, such as DIR/1000",
+        ),
+        (
+            "t5x/checkpoint_5 t5x --from t5x --to t5x --model openmoe-nano",
+            "t5x/checkpoint_5: is there already; remove it, or choose another folder",
+        ),
+        (
+            "t5x/checkpoint_5 new --from t5x --to t5x --model openmoe-base",
+            "t5x/checkpoint_5: target/decoder/layers_1/extra_mlp/wi_0/kernel and 21 more: "
+            "there is no such array in this model; choose the model and optimizer settings it was written with",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(convert, folder, line, message):
+    assert convert(line) == (2, "", f"{message}\n")
+    assert not (folder / "new").exists()
