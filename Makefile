@@ -1,7 +1,7 @@
 # make quickstart   text to trained MoE, in .venv, under 4 minutes          make test          what a change must pass
 # make check        lint, format, types                                     make test-faults   kills of real runs
 # make wheel        dist/openmoe-*.whl, as Ray jobs carry it                make lock          new versions and hashes
-# make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 5 minutes)
+# make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 4 minutes)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
