@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from openmoe.model import sharding
 from openmoe.model.config import ModelConfig
@@ -40,7 +40,7 @@ def ungrouped(config: ModelConfig) -> ModelConfig:
     The price is that all experts compute for all positions, kept or not. That is little where one token of each row
     is read, which takes as long as the weights need to come from memory.
     """
-    return replace(config, group_size=1, min_capacity=1)
+    return replace(config, group_size=1, min_capacity=1, t5x_expert_copies=0)
 
 
 def empty_cache(config: ModelConfig, mesh: Mesh, num_rows: int, row_len: int) -> Cache:
@@ -50,7 +50,7 @@ def empty_cache(config: ModelConfig, mesh: Mesh, num_rows: int, row_len: int) ->
     def layer() -> dict[str, dict[str, Array]]:
         return {"self_attention": {name: jnp.zeros(shape, config.dtype) for name in ("keys", "values")}}
 
-    return _by_rows({"decoder": {f"layers_{i}": layer() for i in range(config.num_layers)}}, mesh)
+    return sharding.by_rows({"decoder": {f"layers_{i}": layer() for i in range(config.num_layers)}}, mesh)
 
 
 def extend(
@@ -77,13 +77,8 @@ def extend(
         real=(position < (first + num_real)[:, None])[..., None],
         mask=(position[..., None] >= jnp.arange(row_len))[:, None],
     )
-    input_ids, rows, last = _by_rows((input_ids, rows, num_real - 1), mesh)
+    input_ids, rows, last = sharding.by_rows((input_ids, rows, num_real - 1), mesh)
     logits, updated = Transformer(ungrouped(config), mesh, train=False).apply(
         {"params": params, "cache": cache}, input_ids, rows, last, method="extend", mutable=["cache"]
     )
-    return logits, _by_rows(updated["cache"], mesh)
-
-
-def _by_rows(tree: Any, mesh: Mesh) -> Any:
-    """Divides arrays [b, ...] over all devices."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, sharding.mesh_axes(PartitionSpec("batch"))))
+    return logits, sharding.by_rows(updated["cache"], mesh)

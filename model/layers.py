@@ -7,6 +7,7 @@ Axes: b batch, t and s positions, d d_model, h heads, k head_dim, f d_ff.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from openmoe.model import sharding
 from openmoe.model.config import ModelConfig
 from openmoe.model.parameters import Initializer, Normal, Ones, TruncatedNormal, declare, fan_in_deviation
 
@@ -55,7 +59,7 @@ def project(x: Array, kernel: Array) -> Array:
 class Rows(NamedTuple):
     """Where the positions at hand stand in their rows, and what they see there."""
 
-    position: Array  # int32[t] or int32[b, t], index in the row
+    position: Array  # int32[t] or int32[b, t], index in the row, or in the segment
     real: Array  # bool[b, t, 1], whether it is more than padding
     mask: Array  # bool[b, 1, t, s], which positions it sees: of those at hand, or of the cache
 
@@ -63,12 +67,12 @@ class Rows(NamedTuple):
 def rotate(x: Array, position: Array, *, theta: float) -> Array:
     """Rotary position embedding (arXiv:2104.09864): turns x[i] with x[i + k/2] by an angle that grows with t.
 
-    The position is the index in the row. Packed segments do not start anew; they need not, because only
-    differences of positions matter and segments do not see each other.
+    The original's position is the index in the row. Packed segments need not start anew, because only differences of
+    positions matter and segments do not see each other.
 
     Args:
       x: [b, t, h, k], queries or keys.
-      position: int32[t] or int32[b, t], index in the row.
+      position: int32[t] or int32[b, t], index in the row, or in the segment.
       theta: longest timescale.
     """
     half = x.shape[-1] // 2
@@ -77,6 +81,17 @@ def rotate(x: Array, position: Array, *, theta: float) -> Array:
     sin, cos = (table(angle).astype(x.dtype)[..., None, :] for table in (jnp.sin, jnp.cos))  # [..., t, 1, k/2]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """Returns int32[b, t], each position's distance from the start of its segment.
+
+    Args:
+      segment_ids: int32[b, t], equal within a segment and different in the next one.
+    """
+    index = jnp.arange(segment_ids.shape[1])
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def attention_mask(target_ids: Array, segment_ids: Array) -> Array:
@@ -137,26 +152,37 @@ def remember(seen: Array, new: Array, first: Array) -> Array:
 class GatedWeights(NamedTuple):
     """Kernels of one gated block, or of several along leading axes."""
 
-    wi_0: Array  # float32[..., d, 2f]
+    wi_0: Array  # float32[..., d, 2f], or float32[..., d, 2, f] with its halves apart; swiglu: float32[..., d, f]
     wi_1: Array  # float32[..., d, f]
     wo: Array  # float32[..., f, d]
 
 
-def gated_mlp(x: Array, weights: GatedWeights) -> Array:
-    """OpenMoE's feed-forward: wi_0's first half, times swish of its second, times wi_1.
+Multiply = Callable[[Array, Array], Array]  # [..., n, a], [..., a, b] to [..., n, b]
 
-    Its authors call it SwiGLU (arXiv:2002.05202), but it has one factor and one matrix more.
+
+def gated_mlp(x: Array, weights: GatedWeights, ffn: str, multiply: Multiply = jnp.matmul) -> Array:
+    """A feed-forward block with a gate.
+
+    OpenMoE's (`ffn` openmoe): wi_0's first half, times swish of its second, times wi_1. Its authors call it SwiGLU, but
+    that (arXiv:2002.05202, equation 6) has one factor and one matrix less: swish of wi_0 times wi_1 (`ffn` swiglu).
 
     Args:
       x: [..., n, d].
       weights: with the leading axes of x, or fewer.
+      ffn: which of the two.
+      multiply: how vectors meet kernels.
 
     Returns:
       [..., n, d], in the type of x.
     """
     wi_0, wi_1, wo = (kernel.astype(x.dtype) for kernel in weights)
-    linear, gate = jnp.split(x @ wi_0, 2, axis=-1)
-    return (linear * jax.nn.swish(gate) * (x @ wi_1)) @ wo
+    if ffn == "swiglu":
+        return multiply(jax.nn.swish(multiply(x, wi_0)) * multiply(x, wi_1), wo)
+    if wi_0.ndim > wi_1.ndim:
+        linear, gate = (multiply(x, wi_0[..., half, :]) for half in (0, 1))
+    else:
+        linear, gate = jnp.split(multiply(x, wi_0), 2, axis=-1)
+    return multiply(linear * jax.nn.swish(gate) * multiply(x, wi_1), wo)
 
 
 class Kernel(nn.Module):
@@ -165,22 +191,25 @@ class Kernel(nn.Module):
     shape: tuple[int, ...]
     roles: tuple[str, ...]
     initializer: Initializer
+    mesh: Mesh
 
     @nn.compact
     def __call__(self) -> Array:
         """Returns float32[shape]."""
-        return self.param("kernel", declare(self.shape, self.roles, self.initializer))
+        kernel = self.param("kernel", declare(self.shape, self.roles, self.initializer))
+        return sharding.whole(kernel, self.roles, self.mesh)
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its scale."""
+    """`rms_norm` with its scale, over the last axis."""
 
     config: ModelConfig
+    role: str = "embed"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps [..., d] to [..., d] in the activations' type."""
-        scale = self.param("scale", declare((self.config.d_model,), ("embed",), Ones()))
+        scale = self.param("scale", declare(x.shape[-1:], (self.role,), Ones()))
         return rms_norm(x, scale, epsilon=self.config.norm_epsilon, dtype=self.config.dtype)
 
 
@@ -192,6 +221,7 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
+    mesh: Mesh
 
     @nn.compact
     def __call__(self, x: Array, rows: Rows) -> Array:
@@ -203,16 +233,21 @@ class Attention(nn.Module):
         root = float(np.asarray(math.sqrt(config.head_dim), config.dtype))
 
         def heads(name: str, initializer: Initializer) -> Array:
-            kernel = Kernel((config.d_model, d_inner), ("embed", "joined_kv"), initializer, name=name)()
+            shape, roles = (config.d_model, d_inner), ("embed", "joined_kv")
+            kernel = Kernel(shape, roles, initializer, self.mesh, name=name)()
             return project(x, kernel).reshape(*x.shape[:2], config.num_heads, config.head_dim)
 
-        query = rotate(heads("query", Normal(deviation / root)), rows.position, theta=config.rope_theta)
-        key = rotate(heads("key", Normal(deviation)), rows.position, theta=config.rope_theta)
+        query, key = heads("query", Normal(deviation / root)), heads("key", Normal(deviation))
+        if config.qk_norm:
+            query = RMSNorm(config, "head_dim", name="query_norm")(query) / jnp.asarray(root, query.dtype)
+            key = RMSNorm(config, "head_dim", name="key_norm")(key)
+        query = rotate(query, rows.position, theta=config.rope_theta)
+        key = rotate(key, rows.position, theta=config.rope_theta)
         value = heads("value", Normal(deviation))
         if self.has_variable("cache", "keys"):
             key, value = self._remember("keys", key, rows), self._remember("values", value, rows)
         out_normal = Normal(fan_in_deviation(config, d_inner))
-        out = Kernel((d_inner, config.d_model), ("joined_kv", "embed"), out_normal, name="out")()
+        out = Kernel((d_inner, config.d_model), ("joined_kv", "embed"), out_normal, self.mesh, name="out")()
         return project(attend(query, key, value, rows.mask).reshape(*x.shape[:2], d_inner), out)
 
     def _remember(self, name: str, new: Array, rows: Rows) -> Array:
@@ -225,17 +260,27 @@ class GatedKernels(nn.Module):
     """Declares the weights of a gated block, or of all experts of a layer (num_experts > 0)."""
 
     config: ModelConfig
+    mesh: Mesh
     num_experts: int = 0
 
     @nn.compact
     def __call__(self) -> GatedWeights:
         """Returns the block's weights, stacked by expert if there are experts."""
-        config, d_model, d_ff = self.config, self.config.d_model, self.config.d_ff
+        config, d_model = self.config, self.config.d_model
+        d_ff = config.expert_width if self.num_experts else config.d_ff
         stack, roles = ((self.num_experts,), ("expert",)) if self.num_experts else ((), ())
         draw = Normal if self.num_experts else TruncatedNormal
         up, down = draw(fan_in_deviation(config, d_model)), draw(fan_in_deviation(config, d_ff))
+        wide, wide_role = (d_ff, "mlp") if config.ffn == "swiglu" else (2 * d_ff, "two_mlp")
+        wi_0 = Kernel((*stack, d_model, wide), (*roles, "embed", wide_role), up, self.mesh, name="wi_0")()
         return GatedWeights(
-            wi_0=Kernel((*stack, d_model, 2 * d_ff), (*roles, "embed", "mlp"), up, name="wi_0")(),
-            wi_1=Kernel((*stack, d_model, d_ff), (*roles, "embed", "mlp"), up, name="wi_1")(),
-            wo=Kernel((*stack, d_ff, d_model), (*roles, "mlp", "embed"), down, name="wo")(),
+            wi_0=self._halves_apart(wi_0) if wide_role == "two_mlp" and self.mesh.shape["tensor"] > 1 else wi_0,
+            wi_1=Kernel((*stack, d_model, d_ff), (*roles, "embed", "mlp"), up, self.mesh, name="wi_1")(),
+            wo=Kernel((*stack, d_ff, d_model), (*roles, "mlp", "embed"), down, self.mesh, name="wo")(),
         )
+
+    def _halves_apart(self, wi_0: Array) -> Array:
+        """Divides both halves over the tensor axis, so that each device has the same columns of both."""
+        apart = wi_0.reshape(*wi_0.shape[:-1], 2, -1)
+        spec = P(*(("expert",) if self.num_experts else ()), None, None, "tensor")
+        return jax.lax.with_sharding_constraint(apart, NamedSharding(self.mesh, spec))

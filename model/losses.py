@@ -15,9 +15,9 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from openmoe.model.sharding import AXES
-
-BLOCK_LOGITS = 2**27  # that a device forms at a time: 512 MiB, for 512 positions of umT5's vocabulary
+from openmoe.model import sharding
+from openmoe.model.counts import BLOCK_LOGITS
+from openmoe.model.sharding import BATCH_AXES
 
 
 class TokenLosses(NamedTuple):
@@ -27,17 +27,24 @@ class TokenLosses(NamedTuple):
     z: Array  # float32[...], the squared logarithm of the softmax's denominator
 
 
-def token_losses(logits: Array, target_ids: Array) -> TokenLosses:
+def token_losses(logits: Array, target_ids: Array, axis: str | None = None) -> TokenLosses:
     """Returns the cross-entropy and the z-loss (arXiv:2204.02311, section 5) at every position.
 
     Args:
-      logits: float32[..., v].
+      logits: float32[..., v], or a device's slice of the vocabulary.
       target_ids: int32[...].
+      axis: of the mesh, over which the vocabulary is divided; inside a `shard_map`.
     """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    first_id = 0
+    if axis is not None:
+        largest = jax.lax.pmax(largest, axis)
+        first_id = jax.lax.axis_index(axis) * logits.shape[-1]
     # A comparison, not a gather: its gradient fuses with that of logsumexp and needs no scatter.
-    is_target = jnp.arange(logits.shape[-1]) == target_ids[..., None]  # [..., v]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    is_target = first_id + jnp.arange(logits.shape[-1]) == target_ids[..., None]  # [..., v]
+    sums = jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    denominator, target_logit = sums if axis is None else jax.lax.psum(sums, axis)
+    log_z = largest + jnp.log(denominator)
     return TokenLosses(cross_entropy=log_z - target_logit, z=jnp.square(log_z))
 
 
@@ -57,8 +64,8 @@ def vocabulary_loss(
     has the block's logits: as many products as without blocks, none of them twice.
 
     Args:
-      hidden: float32[b, t, d], rows divided over all devices of the mesh.
-      head: float32[d, v], the same on all devices.
+      hidden: float32[b, t, d], rows divided over the batch axes of the mesh.
+      head: float32[d, v], the vocabulary divided over its tensor axis.
       target_ids: int32[b, t].
       weights: float32[b, t].
       z_loss_weight: of the z-loss.
@@ -69,9 +76,11 @@ def vocabulary_loss(
       The sum, float32[], whose gradient flows to `hidden` and `head` alone, and the losses at every position,
       float32[b, t], through which none flows.
     """
-    of_device = functools.partial(_loss_of_device, z_loss_weight=z_loss_weight, block_logits=block_logits)
-    by_rows = P(AXES)
-    in_specs = (by_rows, P(), by_rows, by_rows)
+    tensor = sharding.tensor_axis(mesh)
+    of_device = functools.partial(_loss_of_device, z_loss_weight, block_logits, tensor)
+    by_rows = P(BATCH_AXES)
+    in_specs = (by_rows, P(None, tensor), by_rows, by_rows)
+    head = sharding.whole(head, ("embed", "vocab"), mesh)
     sums, per_token = jax.shard_map(of_device, mesh=mesh, in_specs=in_specs, out_specs=by_rows)(
         hidden, head, target_ids, weights
     )
@@ -79,13 +88,19 @@ def vocabulary_loss(
 
 
 def _loss_of_device(
-    hidden: Array, head: Array, target_ids: Array, weights: Array, *, z_loss_weight: float, block_logits: int
+    z_loss_weight: float,
+    block_logits: int,
+    tensor: str | None,
+    hidden: Array,
+    head: Array,
+    target_ids: Array,
+    weights: Array,
 ) -> tuple[Array, TokenLosses]:
     """Returns the sum over this device's positions, float32[1], and their losses, float32[b, t]."""
     blocks = num_blocks(target_ids.size, head.shape[1], block_logits)
     by_block = [x.reshape(blocks, -1, *x.shape[2:]) for x in (hidden, target_ids, weights)]
-    head = jax.lax.pcast(head, AXES, to="varying")  # so that the devices' gradients are summed once, at the end
-    total, per_token = _loss_of_blocks(z_loss_weight, head, *by_block)
+    head = jax.lax.pcast(head, BATCH_AXES, to="varying")  # so that the devices' gradients are summed once, at the end
+    total, per_token = _loss_of_blocks(z_loss_weight, tensor, head, *by_block)
     return total[None], jax.tree.map(lambda x: x.reshape(target_ids.shape), per_token)
 
 
@@ -96,30 +111,30 @@ def num_blocks(num_positions: int, vocab_size: int, block_logits: int = BLOCK_LO
 
 
 def _loss_of_block(
-    head: Array, hidden: Array, target_ids: Array, weights: Array, z_loss_weight: float
+    z_loss_weight: float, tensor: str | None, head: Array, hidden: Array, target_ids: Array, weights: Array
 ) -> tuple[Array, TokenLosses]:
-    per_token = token_losses(hidden @ head, target_ids)
+    per_token = token_losses(hidden @ head, target_ids, tensor)
     return jnp.sum(weights * (per_token.cross_entropy + z_loss_weight * per_token.z)), per_token
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss_of_blocks(
-    z_loss_weight: float, head: Array, hidden: Array, target_ids: Array, weights: Array
+    z_loss_weight: float, tensor: str | None, head: Array, hidden: Array, target_ids: Array, weights: Array
 ) -> tuple[Array, TokenLosses]:
     """Returns the sum, float32[], and the losses [blocks, n] of hidden [blocks, n, d] and its like."""
-    totals, per_token = jax.lax.map(
-        lambda block: _loss_of_block(head, *block, z_loss_weight), (hidden, target_ids, weights)
-    )
+    of_block = functools.partial(_loss_of_block, z_loss_weight, tensor, head)
+    totals, per_token = jax.lax.map(lambda block: of_block(*block), (hidden, target_ids, weights))
     return jnp.sum(totals), per_token
 
 
 def _loss_of_blocks_forward(
-    z_loss_weight: float, head: Array, hidden: Array, target_ids: Array, weights: Array
+    z_loss_weight: float, tensor: str | None, head: Array, hidden: Array, target_ids: Array, weights: Array
 ) -> tuple[tuple[Array, TokenLosses], tuple[Array, Array]]:
-    with_gradient = jax.value_and_grad(_loss_of_block, argnums=(0, 1), has_aux=True)
+    of_block = functools.partial(_loss_of_block, z_loss_weight, tensor)
+    with_gradient = jax.value_and_grad(of_block, argnums=(0, 1), has_aux=True)
 
     def one_more(of_head: Array, block: tuple[Array, ...]) -> tuple[Array, Any]:
-        (total, per_token), (more_of_head, of_hidden) = with_gradient(head, *block, z_loss_weight)
+        (total, per_token), (more_of_head, of_hidden) = with_gradient(head, *block)
         return of_head + more_of_head, (total, per_token, of_hidden)
 
     of_head, (totals, per_token, of_hidden) = jax.lax.scan(
@@ -129,7 +144,10 @@ def _loss_of_blocks_forward(
 
 
 def _loss_of_blocks_backward(
-    z_loss_weight: float, gradient: tuple[Array, Array], cotangents: tuple[Array, TokenLosses]
+    z_loss_weight: float,
+    tensor: str | None,
+    gradient: tuple[Array, Array],
+    cotangents: tuple[Array, TokenLosses],
 ) -> tuple[Array, Array, None, None]:
     of_head, of_hidden = gradient
     return cotangents[0] * of_head, cotangents[0] * of_hidden, None, None
@@ -138,23 +156,32 @@ def _loss_of_blocks_backward(
 _loss_of_blocks.defvjp(_loss_of_blocks_forward, _loss_of_blocks_backward)
 
 
-def load_balancing_loss(probs: Array, load: Array) -> Array:
+def load_balancing_loss(scores: Array, load: Array, asking: Array | None = None) -> Array:
     """Auxiliary loss of one group (arXiv:2101.03961, equation 4); K at perfect balance.
 
     Args:
-      probs: float32[S, E], the router's.
+      scores: float32[S, E], the router's; where they do not sum to 1, each expert's share of them counts.
       load: float32[E], share of the tokens that ask for each expert, before any is dropped; sums to K.
+      asking: float32[S], 1 for tokens that count and 0 for others; None: all do.
 
     Returns:
-      float32[]; its gradient flows through `probs` alone.
+      float32[]; its gradient flows through `scores` alone.
     """
-    return probs.shape[-1] * jnp.sum(load * jnp.mean(probs, axis=0))
+    return scores.shape[-1] * jnp.sum(load * mean_over(scores, asking))
 
 
-def router_z_loss(logits: Array) -> Array:
+def router_z_loss(logits: Array, asking: Array | None = None) -> Array:
     """Mean squared logarithm of the softmax's denominator (arXiv:2202.08906, equation 5).
 
     Args:
       logits: float32[S, E], the router's.
+      asking: as above.
     """
-    return jnp.mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+    return mean_over(jnp.square(jax.nn.logsumexp(logits, axis=-1)), asking)
+
+
+def mean_over(values: Array, asking: Array | None) -> Array:
+    """Returns the mean over the first axis, of those that `asking` weighs with 1; 0 where there are none."""
+    if asking is None:
+        return jnp.mean(values, axis=0)
+    return jnp.tensordot(asking, values, axes=1) / jnp.maximum(jnp.sum(asking), 1)

@@ -1,7 +1,7 @@
 """Adafactor (arXiv:1804.04235) exactly as T5X runs it, as an optax transformation.
 
 It differs from `optax.adafactor` in that every expert is a parameter of its own: factored whatever its size, and
-scaled and clipped by its own root mean square.
+scaled and clipped by its own root mean square. So is every layer where the layers of all blocks are stacked.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def adafactor(config: OptimizerConfig, roles: Any) -> optax.GradientTransformati
     Args:
       config: its settings.
       roles: the parameters' tree with a PartitionSpec of axis roles in place of arrays; a leading role "expert"
-        makes each slice along it a parameter of its own.
+        makes each slice along it a parameter of its own, and so does "block".
     """
     schedule = learning_rate(config)
 
@@ -118,16 +118,19 @@ def _factored_sides(config: OptimizerConfig, spec: PartitionSpec, shape: tuple[i
 
     The row of an expert's kernel is its `embed` axis, that of another matrix its shorter side.
     """
-    if _num_stacked(spec):
-        return spec.index("embed"), spec.index("mlp")
-    if len(shape) < 2 or min(shape) < config.min_dim_size_to_factor:
+    num_stacked = _num_stacked(spec)
+    if "expert" in spec[:num_stacked]:
+        return spec.index("embed"), next(axis for axis, role in enumerate(spec) if role in ("mlp", "two_mlp"))
+    own = shape[num_stacked:]
+    if len(own) < 2 or min(own) < config.min_dim_size_to_factor:
         return None
-    return (0, 1) if shape[0] <= shape[1] else (1, 0)
+    row, col = (0, 1) if own[0] <= own[1] else (1, 0)
+    return num_stacked + row, num_stacked + col
 
 
 def _num_stacked(spec: PartitionSpec) -> int:
-    """Returns the number of leading axes along which parameters are independent."""
-    return 1 if spec and spec[0] == "expert" else 0
+    """Returns the number of leading axes along which parameters are independent: blocks, experts."""
+    return next((axis for axis, role in enumerate(spec) if role not in ("block", "expert")), len(spec))
 
 
 def _rms(x: Array, axes: tuple[int, ...]) -> Array:

@@ -57,7 +57,16 @@ class Ones:
         return jnp.ones(shape)
 
 
-Initializer = Normal | TruncatedNormal | Ones
+@dataclass(frozen=True)
+class Zeros:
+    """The constant 0."""
+
+    def __call__(self, key: Array, shape: tuple[int, ...]) -> Array:
+        """Returns float32[shape]."""
+        return jnp.zeros(shape)
+
+
+Initializer = Normal | TruncatedNormal | Ones | Zeros
 
 
 def fan_in_deviation(config: ModelConfig, fan_in: int) -> float:

@@ -12,11 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.sharding import Mesh
 
 from openmoe.model import losses
 from openmoe.model.config import ModelConfig
 from openmoe.model.layers import Kernel
-from openmoe.model.parameters import Normal
+from openmoe.model.parameters import Normal, Zeros, declare
+
+
+class Choices(NamedTuple):
+    """What a group's tokens ask for."""
+
+    expert_index: Array  # int32[S, K], best first; E where a token asks for none
+    gate: Array  # float32[S, K], weight of each choice's answer
+    asks: Array | None  # bool[S], whether a token asks at all; None: all do
 
 
 class Routing(NamedTuple):
@@ -26,27 +35,53 @@ class Routing(NamedTuple):
     expert * C + c; the number S * K stands for no choice and E * C for no place.
     """
 
-    expert_index: Array  # int32[S, K], best first
-    gate: Array  # float32[S, K], probabilities of those experts over all experts; they do not sum to 1
+    expert_index: Array  # int32[S, K], best first; E where a token asks for none
+    gate: Array  # float32[S, K], weight of each choice's answer
     kept: Array  # bool[S, K], whether the expert had a place left
     place: Array  # int32[S, K], where each choice went
     choice: Array  # int32[E, C], who sits in each place
 
 
-def route(probs: Array, *, top_k: int, capacity: int) -> Routing:
-    """Gives each token's choices places in the experts, first come, first served.
+def scores(logits: Array, config: ModelConfig) -> Array:
+    """Returns float32[S, E], how well tokens and experts match, from the router's logits."""
+    return jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
 
-    All first choices come before any second choice, and tokens in their order within those. Equal probabilities
-    go to the lower expert. A choice whose expert is full is dropped.
+
+def choose(scores: Array, bias: Array | None, real: Array, config: ModelConfig) -> Choices:
+    """Lets each token choose its top_k experts; equal scores go to the lower expert.
 
     Args:
-      probs: float32[S, E], rows sum to 1.
-      top_k: experts each token asks for.
+      scores: float32[S, E].
+      bias: float32[E], added to the scores for the choice alone, or None.
+      real: bool[S], whether a token is more than padding.
+      config: of the model.
+    """
+    if bias is None:
+        gate, expert_index = jax.lax.top_k(scores, config.top_k)
+    else:
+        _, expert_index = jax.lax.top_k(jax.lax.stop_gradient(scores + bias), config.top_k)
+        gate = jnp.take_along_axis(scores, expert_index, axis=-1)
+    if config.renormalize_gates:
+        gate /= jnp.sum(gate, axis=-1, keepdims=True)
+    if config.route_padding:
+        return Choices(expert_index, gate, None)
+    return Choices(jnp.where(real[:, None], expert_index, config.num_experts), gate, real)
+
+
+def route(choices: Choices, *, num_experts: int, capacity: int) -> Routing:
+    """Gives each token's choices places in the experts, first come, first served.
+
+    All first choices come before any second choice, and tokens in their order within those. A choice whose expert is
+    full is dropped.
+
+    Args:
+      choices: of the group's tokens.
+      num_experts: E.
       capacity: places of an expert.
     """
-    num_tokens, num_experts = probs.shape
+    expert_index = choices.expert_index
+    num_tokens, top_k = expert_index.shape
     num_choices = num_tokens * top_k
-    gate, expert_index = jax.lax.top_k(probs, top_k)
 
     queue = expert_index.T.reshape(num_choices)  # experts asked for, in order of precedence
     by_expert = jnp.argsort(queue, stable=True)  # places in the queue, experts together, precedence kept
@@ -55,12 +90,22 @@ def route(probs: Array, *, top_k: int, capacity: int) -> Routing:
 
     rank = (jnp.argsort(by_expert) - start[queue]).reshape(top_k, num_tokens).T  # [S, K], before it in line
     kept = rank < capacity
+    if choices.asks is not None:
+        kept &= choices.asks[:, None]
     place = jnp.where(kept, expert_index * capacity + rank, num_experts * capacity)
 
     occupant = by_expert.at[start[:, None] + jnp.arange(capacity)].get(mode="fill", fill_value=0)  # [E, C]
     occupied = jnp.arange(capacity) < asked[:, None]
     choice = jnp.where(occupied, occupant % num_tokens * top_k + occupant // num_tokens, num_choices)
-    return Routing(expert_index, gate, kept, place, choice)
+    return Routing(expert_index, choices.gate, kept, place, choice)
+
+
+def route_all(choices: Choices, *, num_experts: int) -> Routing:
+    """Keeps every choice, as dropless experts do; places are not told apart."""
+    shape = choices.expert_index.shape
+    kept = jnp.ones(shape, bool) if choices.asks is None else jnp.broadcast_to(choices.asks[:, None], shape)
+    nowhere = jnp.zeros(shape, jnp.int32)
+    return Routing(choices.expert_index, choices.gate, kept, nowhere, jnp.zeros((num_experts, 0), jnp.int32))
 
 
 def choices_per_expert(expert_index: Array, num_experts: int) -> Array:
@@ -80,36 +125,62 @@ class RouterStatistics(NamedTuple):
     usage: Array  # float32[], share of the places that are taken
 
 
-def statistics(logits: Array, probs: Array, routing: Routing) -> RouterStatistics:
-    """Returns the statistics of one group, whose router logits are float32[S, E]."""
-    num_tokens, num_experts = probs.shape
+def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routing) -> RouterStatistics:
+    """Returns the statistics of one group; tokens that do not ask count in none of them.
+
+    Args:
+      logits: float32[S, E], the router's.
+      scores: float32[S, E]; the auxiliary loss takes each token's share of them.
+      asks: bool[S], or None: all tokens do.
+      routing: of the group.
+    """
+    num_tokens, num_experts = scores.shape
+    top_k = routing.expert_index.shape[1]
+    asking = None if asks is None else asks.astype(jnp.float32)
+    tokens = num_tokens if asking is None else jnp.maximum(jnp.sum(asking), 1)
     asked = choices_per_expert(routing.expert_index, num_experts).astype(jnp.float32)
+    kept = jnp.sum(routing.kept, dtype=jnp.float32)
+    served = jnp.sum(jnp.any(routing.kept, axis=-1), dtype=jnp.float32)
+    places = routing.choice.size or tokens * top_k
     return RouterStatistics(
-        aux_loss=losses.load_balancing_loss(probs, asked / num_tokens),
-        router_z_loss=losses.router_z_loss(logits),
-        load=asked / routing.expert_index.size,
-        kept=jnp.mean(routing.kept, dtype=jnp.float32),
-        left_behind=1 - jnp.mean(jnp.any(routing.kept, axis=-1), dtype=jnp.float32),
-        kept_gate=jnp.mean(routing.gate * routing.kept),
-        usage=jnp.sum(routing.kept, dtype=jnp.float32) / routing.choice.size,
+        aux_loss=losses.load_balancing_loss(scores, asked / tokens, asking),
+        router_z_loss=losses.router_z_loss(logits, asking),
+        load=asked / (tokens * top_k),
+        kept=kept / (tokens * top_k),
+        left_behind=1 - served / tokens,
+        kept_gate=jnp.sum(routing.gate * routing.kept) / (tokens * top_k),
+        usage=kept / places,
     )
 
 
+class RouterWeights(NamedTuple):
+    """The router's parameters."""
+
+    kernel: Array  # float32[d_model, E]
+    bias: Array | None  # float32[E], of the choice; moved by `step.balanced`, not by gradients
+
+
 class Router(nn.Module):
-    """Declares the router's kernel, float32[d_model, E], where T5X keeps it: router_weights/w/kernel."""
+    """Declares the router's kernel where T5X keeps it, router_weights/w/kernel, and the bias if there is one."""
 
     config: ModelConfig
+    mesh: Mesh
 
     @nn.compact
-    def __call__(self) -> Array:
-        """Returns the kernel."""
-        return _RouterWeights(self.config, name="router_weights")()
+    def __call__(self) -> RouterWeights:
+        """Returns the parameters."""
+        kernel = _RouterKernel(self.config, self.mesh, name="router_weights")()
+        if not self.config.router_bias_rate:
+            return RouterWeights(kernel, None)
+        bias = self.param("bias", declare((self.config.num_experts,), ("unmodeled",), Zeros()))
+        return RouterWeights(kernel, bias)
 
 
-class _RouterWeights(nn.Module):
+class _RouterKernel(nn.Module):
     config: ModelConfig
+    mesh: Mesh
 
     @nn.compact
     def __call__(self) -> Array:
         shape = (self.config.d_model, self.config.num_experts)
-        return Kernel(shape, ("embed", "unmodeled"), Normal(0.02), name="w")()
+        return Kernel(shape, ("embed", "unmodeled"), Normal(0.02), self.mesh, name="w")()

@@ -76,7 +76,8 @@ def stream(
       ValueError: an id of a prompt is 0, which is BOS and padding, or not in the vocabulary.
     """
     _check_prompts(prompts, config.vocab_size)
-    rows = _rows(prompts, num_rows=-(-len(prompts) // mesh.size) * mesh.size)
+    shares = sharding.num_batch_shares(mesh)
+    rows = _rows(prompts, num_rows=-(-len(prompts) // shares) * shares)
     input_ids, num_real = jax.device_put(rows, sharding.replicated(mesh))
     key, row_len = jax.random.key(seed), input_ids.shape[1] + num_tokens
     token, cache = _begin(

@@ -1,8 +1,13 @@
 """Which axis of which array lies on which axis of the device mesh: one mesh, one table.
 
-Arrays name their axes by role ("embed", "expert"); RULES alone says where a role lives. Parameters are the same
-on every device, except the experts, which are divided over the `expert` axis. Rows of the batch are divided over
-all devices, so that for everything but the experts both axes are data parallel.
+Arrays name their axes by role ("embed", "expert"); RULES alone says where a role lives:
+
+    data    rows of the batch; parameters are the same along it
+    fsdp    rows of the batch, and a slice of every parameter, which is gathered where it is used (arXiv:1910.02054)
+    expert  rows of the batch, and a share of the experts; all else is the same along it
+    tensor  slices of heads, of inner widths and of the vocabulary (arXiv:1909.08053)
+
+An axis of one device costs nothing, so every mesh has all four.
 """
 
 from __future__ import annotations
@@ -12,30 +17,49 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "expert")
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": AXES,
+    "batch": BATCH_AXES,
     "expert": "expert",
-    "vocab": None,
-    "embed": None,
-    "joined_kv": None,
-    "mlp": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "joined_kv": "tensor",
+    "mlp": "tensor",
+    "two_mlp": "tensor",
+    "head_dim": None,
     "unmodeled": None,
+    "block": None,
 }
 
 
-def make_mesh(*, data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of data x expert devices; all devices of the process group if none are given.
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns a mesh of data x fsdp x expert x tensor devices; all devices of the process group if none are given.
 
-    The expert axis varies fastest, so its exchanges stay between neighbours.
+    The axis that exchanges most varies fastest, so its exchanges stay between neighbours.
     """
     devices = jax.devices() if devices is None else devices
-    if len(devices) != data * expert:
-        raise ValueError(f"mesh: data={data} x expert={expert} needs {data * expert} devices, got {len(devices)}")
-    return Mesh(np.asarray(devices).reshape(data, expert), AXES)
+    shape = (data, fsdp, expert, tensor)
+    if len(devices) != np.prod(shape):
+        sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"mesh: {sizes} needs {np.prod(shape)} devices, got {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def num_batch_shares(mesh: Mesh) -> int:
+    """Returns into how many parts the rows of a batch are divided."""
+    return mesh.size // mesh.shape["tensor"]
+
+
+def tensor_axis(mesh: Mesh) -> str | None:
+    """Returns "tensor" if anything is divided along that axis, so that parts of sums must be added up."""
+    return "tensor" if mesh.shape["tensor"] > 1 else None
 
 
 def mesh_axes(roles: PartitionSpec) -> PartitionSpec:
@@ -53,8 +77,22 @@ def shardings(mesh: Mesh, roles: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of batch arrays, [microbatches, rows, seq]: rows over all devices."""
+    """Returns the layout of batch arrays, [microbatches, rows, seq]: rows over all batch axes."""
     return NamedSharding(mesh, mesh_axes(PartitionSpec(None, "batch", None)))
+
+
+def by_rows(tree: Any, mesh: Mesh) -> Any:
+    """Keeps arrays [b, ...] divided by rows, and by nothing else, inside a compiled function."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, mesh_axes(PartitionSpec("batch"))))
+
+
+def whole(param: Array, roles: Sequence[str], mesh: Mesh) -> Array:
+    """Gathers a parameter along fsdp where it is used, inside a compiled function."""
+    if mesh.shape["fsdp"] == 1:
+        return param
+    spec = mesh_axes(PartitionSpec(*roles))
+    use = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(param, NamedSharding(mesh, use))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -18,8 +18,8 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from openmoe.model import losses, optimizer, parameters, sharding, transformer
-from openmoe.model.config import ModelConfig, OptimizerConfig
+from openmoe.model import losses, optimizer, parameters, sharding, stacking, transformer
+from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig, OptimizerConfig
 from openmoe.model.routing import RouterStatistics
 from openmoe.model.transformer import Transformer
 
@@ -35,19 +35,27 @@ class TrainState(NamedTuple):
     opt_state: Any  # optimizer.AdafactorState
 
 
-def init_state(config: ModelConfig, optimizer_config: OptimizerConfig, seed: int, mesh: Mesh) -> TrainState:
-    """Draws the parameters where they will live; the same numbers on any mesh."""
+def init_state(
+    config: ModelConfig, optimizer_config: OptimizerConfig, seed: int, mesh: Mesh, execution: ExecutionConfig = PLAIN
+) -> TrainState:
+    """Draws the parameters where they will live; the same numbers on any mesh, stacked or not."""
     layout = _layout(config, optimizer_config, mesh)
+    roles = parameters.roles_of(declarations(config, mesh))
     params = parameters.draw(declarations(config, mesh), layout.params, seed)
-    transform = optimizer.adafactor(optimizer_config, parameters.roles_of(declarations(config, mesh)))
-    opt_state = jax.jit(transform.init, out_shardings=layout.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), layout.step), params, opt_state)
+    opt_state = jax.jit(optimizer.adafactor(optimizer_config, roles).init, out_shardings=layout.opt_state)(params)
+    state = TrainState(jax.device_put(jnp.int32(0), layout.step), params, opt_state)
+    return arranged(config, optimizer_config, mesh, execution, state)
 
 
-def state_shapes(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> TrainState:
+def state_shapes(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
+) -> TrainState:
     """Returns the state's shapes, types and shardings without its numbers, for restoring one."""
     declared = declarations(config, mesh)
     params, roles = nn.unbox(declared), parameters.roles_of(declared)
+    if execution.scan_blocks:
+        params = jax.eval_shape(functools.partial(stacking.stack, config), params)
+        roles = stacking.stack_roles(config, roles)
     opt_state = jax.eval_shape(optimizer.adafactor(optimizer_config, roles).init, params)
     opt_roles = optimizer.state_roles(optimizer_config, roles, params)
 
@@ -59,8 +67,36 @@ def state_shapes(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: M
     return TrainState(on_mesh(count, PartitionSpec()), on_mesh(params, roles), on_mesh(opt_state, opt_roles))
 
 
-def _layout(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, optimizer_config, mesh))
+def arranged(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig, state: TrainState
+) -> TrainState:
+    """Returns the state as `make_train_step` wants it, consuming the one that checkpoints hold."""
+    if not execution.scan_blocks:
+        return state
+    layout = _layout(config, optimizer_config, mesh, execution)
+    stack = functools.partial(_over_blocks, functools.partial(stacking.stack, config))
+    return jax.jit(stack, donate_argnums=0, out_shardings=layout)(state)
+
+
+def plain(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig, state: TrainState
+) -> TrainState:
+    """Returns the state as checkpoints hold it, a copy if it is another form; undoes `arranged`."""
+    if not execution.scan_blocks:
+        return state
+    unstack = functools.partial(_over_blocks, functools.partial(stacking.unstack, config))
+    return jax.jit(unstack, out_shardings=_layout(config, optimizer_config, mesh))(state)
+
+
+def _over_blocks(change: Callable[[Any], Any], state: TrainState) -> TrainState:
+    opt_state = state.opt_state._replace(moments=change(state.opt_state.moments))
+    return TrainState(state.step, change(state.params), opt_state)
+
+
+def _layout(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
+) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, state_shapes(config, optimizer_config, mesh, execution))
 
 
 @functools.cache
@@ -72,25 +108,31 @@ def declarations(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def make_train_step(
-    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled step, which consumes the state it is given.
 
-    Rows of a microbatch must divide over the mesh's devices so that each holds whole routing groups.
+    Rows of a microbatch must divide over the mesh's batch axes and the parts of it that are accumulated so that each
+    device holds whole routing groups of each part.
     """
-    transform = optimizer.adafactor(optimizer_config, parameters.roles_of(declarations(config, mesh)))
+    roles = parameters.roles_of(declarations(config, mesh))
+    if execution.scan_blocks:
+        roles = stacking.stack_roles(config, roles)
+    transform = optimizer.adafactor(optimizer_config, roles)
     rate = optimizer.learning_rate(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradients(config, mesh, state.params, batch)
+        grads, metrics = gradients(config, mesh, state.params, batch, execution)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = jax.tree.map(jnp.add, state.params, updates)
+        if config.router_bias_rate:
+            params = balanced(config, params, metrics["expert_load"])
         metrics["grad_norm"] = jnp.asarray(optax.tree.norm(grads))
         metrics["learning_rate"] = jnp.asarray(rate(state.step))
         metrics["batch_checksum"] = batch_checksum(batch)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    layout = _layout(config, optimizer_config, mesh)
+    layout = _layout(config, optimizer_config, mesh, execution)
     return jax.jit(
         train_step,
         donate_argnums=0,
@@ -99,20 +141,70 @@ def make_train_step(
     )
 
 
-def gradients(config: ModelConfig, mesh: Mesh, params: Any, batch: Batch) -> tuple[Any, Metrics]:
-    """Returns the gradients summed over the microbatches, and the metrics of the whole batch."""
+def balanced(config: ModelConfig, params: Any, load: Array) -> Any:
+    """Moves the routers' biases by router_bias_rate towards equal load (arXiv:2408.15664, algorithm 1).
 
-    def one_more(summed: Any, microbatch: Batch) -> tuple[Any, LossParts]:
-        (_, parts), grads = jax.value_and_grad(total_loss, argnums=2, has_aux=True)(config, mesh, params, microbatch)
-        return jax.tree.map(jnp.add, summed, grads), parts
+    Args:
+      config: of the model.
+      params: of the model, stacked or not.
+      load: float32[MoE layers, E], share of the choices that asked for each expert.
+    """
+    moves = config.router_bias_rate * jnp.sign(1 / config.num_experts - load)
+    blocks = params["decoder"].get("blocks")
+    if blocks is not None:
+        name = f"layers_{config.block_layers - 1}"
+        moved = _with_moved_bias(blocks[name], moves)
+        return {**params, "decoder": {**params["decoder"], "blocks": {**blocks, name: moved}}}
+    names = [f"layers_{i}" for i in range(config.num_layers) if config.is_moe_layer(i)]
+    moved = {name: _with_moved_bias(params["decoder"][name], move) for name, move in zip(names, moves, strict=True)}
+    return {**params, "decoder": {**params["decoder"], **moved}}
+
+
+def _with_moved_bias(layer: Any, move: Array) -> Any:
+    router = layer["mlp"]["router"]
+    return {**layer, "mlp": {**layer["mlp"], "router": {**router, "bias": router["bias"] + move}}}
+
+
+def gradients(
+    config: ModelConfig, mesh: Mesh, params: Any, batch: Batch, execution: ExecutionConfig = PLAIN
+) -> tuple[Any, Metrics]:
+    """Returns the gradients summed over the microbatches, and the metrics of the whole batch."""
+    parts_each = execution.accumulation_steps
+    normalizers = jnp.sum(batch["loss_weights"], axis=(1, 2))
+    if not config.normalize_loss:
+        normalizers = jnp.ones_like(normalizers)
+    parts = in_parts(batch, parts_each, mesh) | {"normalizers": jnp.repeat(normalizers, parts_each)}
+
+    def one_more(summed: Any, part: Batch) -> tuple[Any, LossParts]:
+        loss = functools.partial(total_loss, config, mesh, num_parts=parts_each, execution=execution)
+        (_, of_part), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, summed, grads), of_part
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, parts = jax.lax.scan(one_more, zeros, batch)
-    return grads, _metrics_of_batch(parts)
+    grads, of_parts = jax.lax.scan(one_more, zeros, parts)
+    return grads, _metrics_of_batch(of_parts, parts_each)
+
+
+def in_parts(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+    """Cuts [microbatches, rows, seq] into [microbatches * parts, rows / parts, seq].
+
+    Each device cuts its own rows, so that nothing is exchanged and routing groups stay as they are.
+    """
+    if parts == 1:
+        return batch
+    shares = sharding.num_batch_shares(mesh)
+
+    def cut(x: Array) -> Array:
+        num_micro, num_rows, seq_len = x.shape
+        apart = x.reshape(num_micro, shares, parts, -1, seq_len).swapaxes(1, 2)
+        joined = apart.reshape(num_micro * parts, num_rows // parts, seq_len)
+        return jax.lax.with_sharding_constraint(joined, sharding.batch_sharding(mesh))
+
+    return jax.tree.map(cut, batch)
 
 
 class LossParts(NamedTuple):
-    """What one microbatch's loss is made of. Sums are over loss-carrying positions."""
+    """What the loss of a microbatch, or of a part of it, is made of. Sums are over loss-carrying positions."""
 
     total: Array  # float32[], what is differentiated
     cross_entropy: Array  # float32[], sum
@@ -123,9 +215,20 @@ class LossParts(NamedTuple):
     router: tuple[RouterStatistics, ...]  # of each MoE layer, means over its groups, before their weights
 
 
-def total_loss(config: ModelConfig, mesh: Mesh, params: Any, batch: Batch) -> tuple[Array, LossParts]:
-    """Returns the loss of one microbatch [rows, seq], and its parts."""
-    output = transformer.forward(config, mesh, params, batch, train=True)
+def total_loss(
+    config: ModelConfig, mesh: Mesh, params: Any, batch: Batch, *, num_parts: int, execution: ExecutionConfig
+) -> tuple[Array, LossParts]:
+    """Returns the loss of a microbatch, or of one of the equal parts that it is cut into; these sum to it.
+
+    Args:
+      config: of the model.
+      mesh: over whose devices rows, experts and parameters are divided.
+      params: of the model, as `execution` arranges them.
+      batch: arrays [rows, seq], and `normalizers`, float32[], the sum of the whole microbatch's loss weights, or 1.
+      num_parts: parts of a microbatch.
+      execution: how it is carried out.
+    """
+    output = transformer.forward(config, mesh, params, batch, train=True, execution=execution)
     head, weights = transformer.head_of(params), batch["loss_weights"]
     total, per_token = losses.vocabulary_loss(
         output.hidden, head, batch["target_ids"], weights, z_loss_weight=config.z_loss_weight, mesh=mesh
@@ -133,10 +236,10 @@ def total_loss(config: ModelConfig, mesh: Mesh, params: Any, batch: Batch) -> tu
     text_weights = weights * (batch["target_ids"] < config.text_vocab_size)
     router = tuple(jax.tree.map(lambda groups: groups.mean(axis=0), layer.statistics) for layer in output.moe)
 
-    total /= jnp.sum(weights) if config.normalize_loss else 1.0
+    total /= batch["normalizers"]
     for layer in router:
         of_layer = config.aux_loss_weight * layer.aux_loss + config.router_z_loss_weight * layer.router_z_loss
-        total += of_layer / config.num_moe_layers
+        total += of_layer / (config.num_moe_layers * num_parts)
     return total, LossParts(
         total=total,
         cross_entropy=jnp.sum(weights * per_token.cross_entropy),
@@ -148,8 +251,8 @@ def total_loss(config: ModelConfig, mesh: Mesh, params: Any, batch: Batch) -> tu
     )
 
 
-def _metrics_of_batch(parts: LossParts) -> Metrics:
-    """Sums up the microbatches (leading axis of every part). Losses are means over positions, unweighted.
+def _metrics_of_batch(parts: LossParts, parts_each: int) -> Metrics:
+    """Sums up all parts of all microbatches (leading axis). Losses are means over positions, unweighted.
 
     A dense model has none of the router's metrics.
     """
@@ -158,14 +261,14 @@ def _metrics_of_batch(parts: LossParts) -> Metrics:
         "loss": jnp.sum(parts.cross_entropy) / tokens,
         "text_loss": jnp.sum(parts.text_cross_entropy) / jnp.sum(parts.text_tokens),
         "z_loss": jnp.sum(parts.z) / tokens,
-        "total_loss": jnp.mean(parts.total),
+        "total_loss": jnp.mean(parts.total) * parts_each,
         "loss_tokens": tokens,
     }
     return metrics | _router_metrics(parts.router) if parts.router else metrics
 
 
 def _router_metrics(layers: tuple[RouterStatistics, ...]) -> Metrics:
-    """Means over microbatches and MoE layers; the load of each expert also layer by layer."""
+    """Means over parts and MoE layers; the load of each expert also layer by layer."""
     by_layer = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(axis=1), *layers)  # [num_moe_layers, ...]
     return {
         "aux_loss": jnp.mean(by_layer.aux_loss),

@@ -10,7 +10,7 @@ class Fact(NamedTuple):
     """One derived number: what JSON shows, what people read, and how it came about."""
 
     key: str
-    value: int | float | str | Sequence[float] | list[list[int]] | None
+    value: int | float | str | Sequence[float] | list[list[int]] | dict[str, int] | None
     text: str
     note: str = ""
 

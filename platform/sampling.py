@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from openmoe.model import sample, sharding, step
+from jax.sharding import Mesh
+
+from openmoe.model import sample, step
 from openmoe.pipelines import tokenizer
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.spec import RunSpec
@@ -16,7 +18,7 @@ PROMPTS = (
 SAMPLING = sample.Sampling(temperature=0.7)
 
 
-def record_samples(spec: RunSpec, state: step.TrainState, recorder: Recorder) -> None:
+def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: Recorder) -> None:
     """Samples `train.sample_tokens` tokens for each prompt and journals the texts; all processes must call it.
 
     A prompt takes UL2's prefix form, as trained: mode prompt "[S2S] ", text, EOS, then the continuation.
@@ -33,7 +35,7 @@ def record_samples(spec: RunSpec, state: step.TrainState, recorder: Recorder) ->
         sampling=SAMPLING,
         eos_id=vocabulary.eos_id,
         seed=spec.seed,
-        mesh=sharding.make_mesh(data=spec.mesh.data, expert=spec.mesh.expert),
+        mesh=mesh,
     )
     continuations = [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]
     recorder.event("sampled", step=int(state.step), samples=[list(p) for p in zip(PROMPTS, continuations, strict=True)])

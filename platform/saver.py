@@ -45,7 +45,9 @@ class Saver:
         self._pruned: set[str] = set()
 
     def restore(self, mesh: Mesh) -> tuple[step.TrainState, Position]:
-        """Returns the state and position to go on from, in this order: newest accepted checkpoint; scratch.
+        """Returns the state, in its plain form, and the position to go on from.
+
+        They are, in this order: those of the newest accepted checkpoint; those of a run from scratch.
 
         Raises:
           DamagedCheckpoint: it is missing, unreadable, or its bits differ from those that were accepted.
@@ -84,7 +86,7 @@ class Saver:
         return step_number % every == 0 or step_number == self._spec.train.total_steps
 
     def save(self, state: step.TrainState, position: Position) -> None:
-        """Starts an asynchronous save, after the one before it; `accept_committed` notices its end."""
+        """Starts an asynchronous save of a state in its plain form; `accept_committed` notices its end."""
         self.wait()
         start_s = time.time()
         acceptance = Acceptance(

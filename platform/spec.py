@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from openmoe.model.config import PRESETS, ModelConfig, OptimizerConfig
+from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConfig, OptimizerConfig
 from openmoe.pipelines.config import DataConfig
 from openmoe.platform import spec_checks, spec_source, spec_yaml
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
@@ -44,13 +44,19 @@ class RunSpec(Section):
     train: TrainConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     mesh: MeshConfig
+    execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     cluster: ClusterConfig
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
 
     @model_validator(mode="after")
     def _refuse_the_impossible(self) -> Self:
         problems = spec_checks.impossible_combinations(
-            model=self.model, data=self.data, train=self.train, mesh=self.mesh, cluster=self.cluster
+            model=self.model,
+            data=self.data,
+            train=self.train,
+            mesh=self.mesh,
+            execution=self.execution,
+            cluster=self.cluster,
         )
         if problems:
             raise SpecError(problems)
@@ -88,12 +94,13 @@ def dump(spec: RunSpec) -> str:
     return spec_yaml.dump(values)
 
 
-# A run directory is bound to these. The rest may change while a run goes on: where it runs and is kept
-# (name, run_dir, data_dir, sample_corpus, mesh, cluster, budgets; folders of sources and tokenizer), how long it
+# A run directory is bound to these. The rest may change while a run goes on: where and how it runs and is kept (name,
+# run_dir, data_dir, sample_corpus, mesh, execution, cluster, budgets; folders of sources and tokenizer), how long it
 # goes, when it saves and what it samples (the rest of train), and how much dirt a source may hold. That moved files
 # are the same files is held by the data id, which is compared at every restore.
 HASHED_SECTIONS = ("seed", "model", "data", "optimizer")
 HASHED_TRAIN_FIELDS = ("batch_rows", "microbatches")
+LATER_MODEL_FIELDS = ("t5x_expert_copies", *DEPARTURES)
 
 
 def mathematics(spec: RunSpec) -> dict[str, Any]:
@@ -102,8 +109,12 @@ def mathematics(spec: RunSpec) -> dict[str, Any]:
     for source in values["data"]["sources"]:
         del source["max_bad_share"], source["paths"]
     values["data"]["tokenizer"] = values["data"]["tokenizer"].rpartition("/")[2]
+    # Runs from before there were these settings keep their hash.
     if not spec.data.stages:
-        del values["data"]["stages"]  # runs from before there were stages keep their hash
+        del values["data"]["stages"]
+    for field in fields(ModelConfig):
+        if field.name in LATER_MODEL_FIELDS and values["model"][field.name] == field.default:
+            del values["model"][field.name]
     return {
         **{section: values[section] for section in HASHED_SECTIONS},
         "train": {field: values["train"][field] for field in HASHED_TRAIN_FIELDS},

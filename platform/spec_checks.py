@@ -7,28 +7,36 @@ so that a resize changes only who computes what.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from openmoe.model.config import ModelConfig
+from openmoe.model import counts
+from openmoe.model.config import ExecutionConfig, ModelConfig
 from openmoe.pipelines.config import DataConfig
 from openmoe.platform.spec_errors import Problem
 from openmoe.platform.spec_sections import ClusterConfig, MeshConfig, TrainConfig
 
 
 class Mesh(NamedTuple):
-    """Devices along the two axes."""
+    """Devices along two axes. Any factor of `data` may lie on fsdp instead."""
 
     data: int
     expert: int
 
 
 def impossible_combinations(
-    *, model: ModelConfig, data: DataConfig, train: TrainConfig, mesh: MeshConfig, cluster: ClusterConfig
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    mesh: MeshConfig,
+    execution: ExecutionConfig,
+    cluster: ClusterConfig,
 ) -> list[Problem]:
     """Every clash between settings that are each fine by themselves."""
     return [
         *_lengths(train, data),
         *_vocabulary(model, data),
-        *_batch(train, model, data, mesh),
+        *_batch(train, model, data, mesh, execution),
         *_mesh(mesh, cluster, model),
+        *_slices(mesh, model),
         *_cluster(cluster),
     ]
 
@@ -39,16 +47,21 @@ def legal_meshes(model: ModelConfig, *, rows: int, seq_len: int) -> list[Mesh]:
     return [
         Mesh(data=devices // expert, expert=expert)
         for devices in range(1, rows + 1)
-        if _holds_whole_groups(model, rows=rows, seq_len=seq_len, devices=devices)
+        if _holds_whole_groups(model, rows=rows, seq_len=seq_len, shares=devices)
         for expert in experts
         if devices % expert == 0 and (model.num_experts == 0 or model.num_experts % expert == 0)
     ]
 
 
-def _holds_whole_groups(model: ModelConfig, *, rows: int, seq_len: int, devices: int) -> bool:
-    if rows % devices:
+def _holds_whole_groups(model: ModelConfig, *, rows: int, seq_len: int, shares: int) -> bool:
+    if rows % shares:
         return False
-    return model.num_moe_layers == 0 or rows // devices * seq_len % model.group_size == 0
+    if model.num_moe_layers == 0:
+        return True
+    groups = counts.groups_of(model, rows, seq_len)
+    if groups.pad_rows or groups.pad_cols:
+        return shares == 1
+    return rows // shares * seq_len % groups.size == 0
 
 
 def _lengths(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
@@ -71,8 +84,10 @@ def _vocabulary(model: ModelConfig, data: DataConfig) -> Iterator[Problem]:
         )
 
 
-def _batch(train: TrainConfig, model: ModelConfig, data: DataConfig, mesh: MeshConfig) -> Iterator[Problem]:
-    devices = mesh.num_devices
+def _batch(
+    train: TrainConfig, model: ModelConfig, data: DataConfig, mesh: MeshConfig, execution: ExecutionConfig
+) -> Iterator[Problem]:
+    devices, parts = mesh.num_batch_shares, execution.accumulation_steps
     if train.batch_rows % train.microbatches:
         yield Problem(
             "train.microbatches",
@@ -86,13 +101,26 @@ def _batch(train: TrainConfig, model: ModelConfig, data: DataConfig, mesh: MeshC
             f"{rows} rows a microbatch cannot be divided over {devices} devices (mesh); "
             f"make batch_rows a multiple of {devices * train.microbatches}, got {train.batch_rows}",
         )
-    elif not _holds_whole_groups(model, rows=rows, seq_len=data.seq_len, devices=devices):
+    elif not _holds_whole_groups(model, rows=rows, seq_len=data.seq_len, shares=devices):
         tokens = rows // devices * data.seq_len
         yield Problem(
             "model.group_size",
             f"must divide the {tokens} tokens a device holds of a microbatch ({rows // devices} rows x "
             f"{data.seq_len}), got {model.group_size}; use fewer devices, fewer microbatches or "
             "smaller groups (which changes the mathematics)",
+        )
+    elif parts > 1 and model.t5x_expert_copies:
+        yield Problem(
+            "execution.accumulation_steps",
+            f"must be 1 where model.t5x_expert_copies decides the groups from whole microbatches, got {parts}",
+        )
+    elif rows // devices % parts or not _holds_whole_groups(
+        model, rows=rows // parts, seq_len=data.seq_len, shares=devices
+    ):
+        yield Problem(
+            "execution.accumulation_steps",
+            f"must cut the {rows // devices} rows that a device holds of a microbatch into parts of whole routing "
+            f"groups (model.group_size={model.group_size}), got {parts}",
         )
 
 
@@ -102,13 +130,21 @@ def _mesh(mesh: MeshConfig, cluster: ClusterConfig, model: ModelConfig) -> Itera
     if mesh.num_devices != workers * each:
         yield Problem(
             "mesh",
-            f"data={mesh.data} x expert={mesh.expert} is {mesh.num_devices} devices, the cluster has "
+            f"{mesh} is {mesh.num_devices} devices, the cluster has "
             f"num_workers={workers} x devices_per_worker={each} = {workers * each}",
         )
     if experts == 0 and mesh.expert != 1:
         yield Problem("mesh.expert", f"must be 1 for a dense model (num_experts=0), got {mesh.expert}")
     elif experts and experts % mesh.expert:
         yield Problem("mesh.expert", f"must divide model.num_experts={experts}, got {mesh.expert}")
+
+
+def _slices(mesh: MeshConfig, model: ModelConfig) -> Iterator[Problem]:
+    if model.d_model % mesh.fsdp:
+        yield Problem("mesh.fsdp", f"must divide model.d_model={model.d_model}, got {mesh.fsdp}")
+    for name in ("num_heads", "d_ff", "d_ff_expert", "vocab_size"):
+        if getattr(model, name) % mesh.tensor:
+            yield Problem("mesh.tensor", f"must divide model.{name}={getattr(model, name)}, got {mesh.tensor}")
 
 
 def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:

@@ -51,13 +51,24 @@ class TrainConfig(Section):
 class MeshConfig(Section):
     """How the devices are laid out; a resize changes this and never the mathematics."""
 
-    data: int = Field(default=1, ge=1, description="Devices along the data axis.")
-    expert: int = Field(default=1, ge=1, description="Devices along the expert axis: experts are divided over it.")
+    data: int = Field(default=1, ge=1, description="Devices along the data axis: rows are divided over it.")
+    fsdp: int = Field(default=1, ge=1, description="Devices over which rows and slices of all parameters are divided.")
+    expert: int = Field(default=1, ge=1, description="Devices over which rows and experts are divided.")
+    tensor: int = Field(default=1, ge=1, description="Devices over which heads, widths and vocabulary are divided.")
 
     @property
     def num_devices(self) -> int:
         """Devices of the whole mesh."""
-        return self.data * self.expert
+        return self.num_batch_shares * self.tensor
+
+    @property
+    def num_batch_shares(self) -> int:
+        """Parts into which the rows of a batch are divided."""
+        return self.data * self.fsdp * self.expert
+
+    def __str__(self) -> str:
+        shown = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
+        return " x ".join(f"{axis}={n}" for axis, n in shown.items() if axis in ("data", "expert") or n > 1)
 
 
 class ClusterConfig(Section):

@@ -54,21 +54,22 @@ def train(
       beat: called by every process at each step, and while it waits for data: it is not stuck.
 
     Returns:
-      The final train state, sharded over the mesh.
+      The final train state in its plain form, sharded over the mesh.
 
     Raises:
       NonFiniteLoss, DamagedCheckpoint, Superseded: the driver decides what follows.
     """
     check_process_group(spec)
-    mesh = sharding.make_mesh(data=spec.mesh.data, expert=spec.mesh.expert)
+    mesh = sharding.make_mesh(**spec.mesh.model_dump())
+    plan = (spec.model, spec.optimizer, mesh, spec.execution)
     loader = Loader(manifest_path)
     with Recorder(run, claim, report, row_tokens=spec.data.seq_len) as recorder:
         recorder.event(
             "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
         )
         saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
-        state, position = saver.restore(mesh)
-        train_step = step.make_train_step(spec.model, spec.optimizer, mesh)
+        restored, position = saver.restore(mesh)
+        state, train_step = step.arranged(*plan, restored), step.make_train_step(*plan)
 
         while position.step < spec.train.total_steps:
             beat()
@@ -80,11 +81,12 @@ def train(
             recorder.record(position, {**metrics, "data_wait_s": data_wait_s})
             if saver.is_due(position.step):
                 recorder.catch_up()
-                saver.save(state, position)
+                saver.save(step.plain(*plan, state), position)
             saver.accept_committed()
         saver.wait()
         beat()
-        sampling.record_samples(spec, state, recorder)
+        state = step.plain(*plan, state)
+        sampling.record_samples(spec, mesh, state, recorder)
     return state
 
 

@@ -52,10 +52,11 @@ def dense_config():
 
 @pytest.fixture(scope="session")
 def mesh_of():
-    """Returns mesh_of(data, expert), on the first of the virtual devices."""
+    """Returns mesh_of(data, expert, fsdp=1, tensor=1), on the first of the virtual devices."""
 
-    def make(data, expert):
-        return sharding.make_mesh(data=data, expert=expert, devices=jax.devices()[: data * expert])
+    def make(data, expert, fsdp=1, tensor=1):
+        devices = jax.devices()[: data * expert * fsdp * tensor]
+        return sharding.make_mesh(data=data, fsdp=fsdp, expert=expert, tensor=tensor, devices=devices)
 
     return make
 

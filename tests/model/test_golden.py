@@ -9,7 +9,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from openmoe.model import optimizer, parameters, step, transformer
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.config import PLAIN, ExecutionConfig, OptimizerConfig
 
 
 def batch_of(case, prefix=""):
@@ -191,19 +191,23 @@ def test_dense_model_with_its_summed_loss(full_golden, dense_config, mesh_of):
         assert np.linalg.norm(grad) == pytest.approx(case[f"grad_norm/{name}"], rel=1e-4), name
 
 
-@pytest.fixture(scope="module")
-def three_steps(golden, moe_config, moe_params, mesh_of):
+SCANNED = ExecutionConfig(scan_blocks=True, remat="full")
+
+
+@pytest.fixture(scope="module", params=[PLAIN, SCANNED], ids=["blocks written out", "blocks scanned"])
+def three_steps(request, golden, moe_config, moe_params, mesh_of):
     """The metrics and the final state of three steps of the trainer."""
-    mesh, case = mesh_of(1, 1), golden("moe_train_steps")
+    mesh, case, execution = mesh_of(1, 1), golden("moe_train_steps"), request.param
     roles = parameters.roles_of(step.declarations(moe_config, mesh))
     opt_state = optimizer.adafactor(OptimizerConfig(), roles).init(moe_params)
-    state = step.TrainState(np.int32(0), jax.tree.map(jax.numpy.array, moe_params), opt_state)
-    train_step, history = step.make_train_step(moe_config, OptimizerConfig(), mesh), []
+    state = step.TrainState(jax.numpy.int32(0), jax.tree.map(jax.numpy.array, moe_params), opt_state)
+    state = step.arranged(moe_config, OptimizerConfig(), mesh, execution, state)
+    train_step, history = step.make_train_step(moe_config, OptimizerConfig(), mesh, execution), []
     for s in range(3):
         batch = jax.tree.map(lambda x: x[None], batch_of(case, f"step_{s}/"))
         state, metrics = train_step(state, batch)
         history.append(jax.device_get(metrics))
-    return history, jax.device_get(state)
+    return history, jax.device_get(step.plain(moe_config, OptimizerConfig(), mesh, execution, state))
 
 
 def test_losses_of_three_trainer_steps(three_steps, golden):

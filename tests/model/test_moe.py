@@ -13,7 +13,8 @@ ROWS, SEQ = 8, 32  # two rows make a group of 64 tokens
 def layer(moe_config, mesh_of, moe_params):
     """The second layer's experts of the golden model, float32[b, t, d] to MoEOutput."""
     module = moe.MoE(moe_config, mesh_of(1, 1), train=True)
-    return jax.jit(lambda x: module.apply({"params": moe_params["decoder"]["layers_1"]["mlp"]}, x))
+    params = {"params": moe_params["decoder"]["layers_1"]["mlp"]}
+    return jax.jit(lambda x: module.apply(params, x, np.ones((ROWS, SEQ, 1), bool)))
 
 
 @pytest.fixture(scope="module")

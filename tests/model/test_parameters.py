@@ -1,6 +1,7 @@
 """Initial parameters against statistics of the original initialisers, and their names against the original's."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax
@@ -67,7 +68,17 @@ def test_declared_parameters_are_those_that_are_counted(preset, mesh_of):
 
 
 def test_experts_lie_on_the_expert_axis_and_all_else_everywhere(mesh_of):
-    state = step.state_shapes(PRESETS["openmoe-nano"], OptimizerConfig(), mesh_of(2, 4))
-    for path, leaf in jax.tree.leaves_with_path(state):
-        expected = ("expert",) if "'expert'" in jax.tree_util.keystr(path) else ()
-        assert tuple(axis for axis in leaf.sharding.spec if axis) == expected, path
+    mesh = mesh_of(2, 4)
+    for path, leaf in jax.tree.leaves_with_path(step.state_shapes(PRESETS["openmoe-nano"], OptimizerConfig(), mesh)):
+        expected = {"expert"} if "'expert'" in jax.tree_util.keystr(path) else set()
+        assert {axis for axis in leaf.sharding.spec if axis and mesh.shape[axis] > 1} == expected, path
+
+
+def test_every_large_parameter_of_the_8b_is_divided_over_fsdp_and_tensor(mesh_of):
+    mesh = mesh_of(1, 2, fsdp=2, tensor=2)
+    for path, leaf in jax.tree.leaves_with_path(
+        step.state_shapes(PRESETS["openmoe-8b"], OptimizerConfig(), mesh).params
+    ):
+        name, axes = jax.tree_util.keystr(path), {axis for axis in leaf.sharding.spec if axis}
+        parts = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))
+        assert parts == (8 if "'expert'" in name else 2 if "norm" in name or "router" in name else 4), (path, axes)

@@ -1,3 +1,6 @@
+import functools
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,15 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from openmoe.model import losses, moe, routing
+from openmoe.model import gather, losses, moe, routing
+from openmoe.model.config import PRESETS
 
-ROUTE = jax.jit(routing.route, static_argnames=("top_k", "capacity"))
 DISPATCH, COMBINE, STATISTICS = jax.jit(moe.dispatch), jax.jit(moe.combine), jax.jit(routing.statistics)
 NUM_TOKENS, NUM_EXPERTS, TOP_K, CAPACITY = 12, 4, 2, 4
 
 
-def routed(probs, *, top_k=TOP_K, capacity=CAPACITY):
-    return jax.device_get(ROUTE(np.asarray(probs, np.float32), top_k=top_k, capacity=capacity))
+@functools.partial(jax.jit, static_argnames=("capacity", "changes"))
+def route(scores, real, bias=None, *, capacity, changes=()):
+    config = replace(PRESETS["openmoe-nano"], **dict(changes))
+    choices = routing.choose(scores, bias, real, config)
+    return routing.route(choices, num_experts=scores.shape[1], capacity=capacity)
+
+
+def routed(scores, *, top_k=TOP_K, capacity=CAPACITY, padding=(), bias=None, **changes):
+    scores = np.asarray(scores, np.float32)
+    real = ~np.isin(np.arange(len(scores)), padding)
+    changes = {"top_k": top_k, "num_experts": scores.shape[1], **changes}
+    return jax.device_get(route(scores, real, bias, capacity=capacity, changes=tuple(changes.items())))
 
 
 def softmax(logits):
@@ -78,7 +91,7 @@ def test_padding_asks_for_experts_0_and_1(capacity, dispatched):
     logits = np.zeros((10, 6), np.float32)
     found = routed(softmax(logits), capacity=capacity)
     assert np.bincount(found.expert_index[found.kept], minlength=6).tolist() == dispatched
-    statistics = STATISTICS(logits, softmax(logits), found)
+    statistics = STATISTICS(logits, softmax(logits), None, found)
     assert statistics.aux_loss == pytest.approx(2.0)
     assert statistics.router_z_loss == pytest.approx(3.210402)
 
@@ -87,7 +100,7 @@ def test_statistics_of_a_group_by_hand():
     # Experts asked for: token 0 -> 0, 1; token 1 -> 0, 1; token 2 -> 0, 2. One place each.
     probs = np.asarray([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.7, 0.1, 0.2]], np.float32)
     found = routed(probs, capacity=1)
-    statistics = STATISTICS(np.log(probs), probs, found)
+    statistics = STATISTICS(np.log(probs), probs, None, found)
     assert found.kept.tolist() == [[True, True], [False, False], [False, True]]
     np.testing.assert_allclose(statistics.load, [3 / 6, 2 / 6, 1 / 6], rtol=1e-6)
     assert statistics.kept == pytest.approx(3 / 6)
@@ -123,8 +136,8 @@ def test_tokens_over_capacity_get_zero_output(capacity, num_zero):
 def test_gather_rows_has_the_derivative_of_the_gather():
     source, readers = jnp.asarray([2, 0, 3, 2]), jnp.asarray([[1, 4], [4, 4], [0, 3]])
     rows = jnp.arange(6.0).reshape(3, 2)
-    np.testing.assert_array_equal(moe.gather_rows(rows, source, readers), [[4, 5], [0, 1], [0, 0], [4, 5]])
-    check_grads(jax.jit(lambda x: moe.gather_rows(x, source, readers)), (rows,), order=1, modes=["rev"])
+    np.testing.assert_array_equal(gather.gather_rows(rows, source, readers), [[4, 5], [0, 1], [0, 0], [4, 5]])
+    check_grads(jax.jit(lambda x: gather.gather_rows(x, source, readers)), (rows,), order=1, modes=["rev"])
 
 
 def test_cross_entropy_and_z_loss_by_hand():

@@ -57,7 +57,7 @@ def test_validate_prints_json_alone_when_asked():
     result = openmoe("validate", "openmoe_8b", "--json")
     explained = json.loads(result.stdout)
     assert explained["model"]["parameters"] == 11_855_046_656
-    assert explained["devices"]["mesh"] == [2, 32]
+    assert explained["devices"]["mesh"] == {"data": 1, "fsdp": 2, "expert": 32, "tensor": 1}
     assert result.stderr == ""
 
 
@@ -69,6 +69,8 @@ def test_a_model_is_described():
     described = json.loads(openmoe("model", "describe", "openmoe-34b", "--json").stdout)
     assert described["model"]["parameters"] == 46_270_737_408
     assert described["parameters"]["experts"] == 38_654_705_664
+    assert described["memory"]["parameters_float32"] == 4 * 46_270_737_408
+    assert described["memory"]["parameters_bfloat16"] == 2 * 46_270_737_408
 
 
 def test_an_empty_folder_has_no_runs(tmp_path):

@@ -29,7 +29,7 @@ cluster:
   devices_per_worker: 2
 """
 
-TOP = "name, run_dir, data_dir, sample_corpus, seed, model, data, train, optimizer, mesh, cluster, budgets"
+TOP = "name, run_dir, data_dir, sample_corpus, seed, model, data, train, optimizer, mesh, execution, cluster, budgets"
 
 # name: (text in GOOD, what stands there instead, the whole message after "<file>:")
 WORDS = {
@@ -214,7 +214,8 @@ KEYS_AND_TYPES = {
         "preset: openmoe-nano",
         "{d_model: 8, d_ff: 8, num_layers: 2, num_heads: 1, head_dim: 8, num_experts: 4, moe_every: 2}",
         "3: model: missing text_vocab_size, vocab_size; add them, or `preset:` (one of openmoe-base, "
-        "openmoe-8b, openmoe-34b, openllama-base, openllama-large, openmoe-nano)",
+        "openmoe-8b, openmoe-34b, openllama-base, openllama-large, openmoe-nano, "
+        "openmoe-next-nano, openmoe-next-base, openmoe-next-8b)",
     ),
     "choice misspelt": (
         "format: redpajama",

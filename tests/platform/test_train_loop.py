@@ -99,6 +99,16 @@ def test_a_second_incarnation_goes_on_with_the_next_row_and_the_same_bits_and_cu
     assert drawn["expert_load/layer_0_largest"] == {r["step"]: max(r["expert_load"][0]) for r in trace}
 
 
+def test_a_run_goes_on_however_it_is_carried_out_with_the_same_rows_and_losses_to_1e_4(train):
+    scanned = ("execution.scan_blocks=true", "execution.remat=full", "mesh={fsdp: 2, expert: 2, tensor: 2}")
+    whole = train("whole")
+    train("parts", "train.steps=4", *scanned)
+    parts = train("parts")
+    assert parts.claims()[-1].resumes == 2
+    assert [(r["step"], r["rows"], r["batch_checksum"]) for r in parts.trace()] == [row[:3] for row in bits(whole)]
+    assert [r["loss"] for r in parts.trace()] == pytest.approx([r["loss"] for r in whole.trace()], rel=1e-4)
+
+
 def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train, monkeypatch):
     accept, recorded = RunDir.accept, []
 

@@ -1,0 +1,113 @@
+"""Scan, recomputation, parts and sharded parameters change no number of a step beyond the order of sums."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from openmoe.model import sharding, stacking, step
+from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig, OptimizerConfig
+
+ADAFACTOR = OptimizerConfig()
+SCANNED = ExecutionConfig(scan_blocks=True, remat="dots")
+
+
+def batch_of(*, rows, seq, microbatches=1):
+    """Two packed segments a row, the second one cut short by padding; rows carry different numbers of losses."""
+    rng, shape = np.random.default_rng(0), (microbatches, rows, seq)
+    target_ids = rng.integers(2, 512, shape, dtype=np.int32)
+    segment_ids = np.where(np.arange(seq) < seq // 2, 1, 2) * np.ones(shape, np.int32)
+    target_ids[..., -4:], segment_ids[..., -4:] = 0, 0
+    input_ids = np.roll(target_ids, 1, axis=-1)
+    input_ids[..., [0, seq // 2, -3, -2, -1]] = 0
+    weights = (target_ids > 0) * (np.arange(seq) >= rng.integers(0, seq // 2, (microbatches, rows, 1)))
+    ids = {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids, "positions": segment_ids}
+    return ids | {"loss_weights": weights.astype(np.float32)}
+
+
+@pytest.fixture(scope="module")
+def config(moe_config):
+    """Two blocks of one layer; eight experts, so that a mesh of eight devices can hold them."""
+    return replace(moe_config, num_layers=2, moe_every=1, num_experts=8)
+
+
+@pytest.fixture(scope="module")
+def gradients(config, mesh_of):
+    """Returns gradients(data, expert, fsdp, tensor, execution): of two microbatches of 16 rows, with their metrics."""
+    batch = batch_of(rows=16, seq=32, microbatches=2)
+    initial = jax.device_get(step.init_state(config, ADAFACTOR, 0, mesh_of(1, 1)).params)
+
+    @functools.cache
+    def of(data=1, expert=1, fsdp=1, tensor=1, execution=PLAIN):
+        mesh = mesh_of(data, expert, fsdp, tensor)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, ADAFACTOR, mesh, execution).params)
+        params = stacking.stack(config, initial, np.stack) if execution.scan_blocks else initial
+        compute = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch, execution))
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        grads, metrics = jax.device_get(compute(jax.device_put(params, layout), placed))
+        return stacking.unstack(config, grads) if execution.scan_blocks else grads, metrics
+
+    return of
+
+
+def assert_same(found, wanted, *, within=1e-5):
+    for name, value in wanted[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=within, err_msg=name)
+    grads = traverse_util.flatten_dict(found[0], sep="/")
+    for name, grad in traverse_util.flatten_dict(wanted[0], sep="/").items():
+        np.testing.assert_allclose(grads[name], grad, atol=within * np.abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("execution", [SCANNED, ExecutionConfig(remat="full")], ids=["scan, dots", "full"])
+def test_scanned_and_recomputed_blocks_have_the_same_gradients(gradients, execution):
+    assert_same(gradients(execution=execution), gradients())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 1), (1, 1, 1, 2), (1, 2, 2, 2)])
+def test_fully_sharded_and_tensor_parallel_parameters_have_the_same_gradients(gradients, shape):
+    assert_same(gradients(*shape), gradients())
+
+
+def test_all_axes_with_scanned_blocks_and_parts(gradients):
+    assert_same(gradients(1, 2, 2, 2, replace(SCANNED, accumulation_steps=2)), gradients())
+
+
+def test_microbatches_cut_into_parts_keep_groups_and_normalisers(gradients):
+    found = gradients(2, 1, execution=ExecutionConfig(accumulation_steps=4))
+    assert_same(found, gradients())
+    np.testing.assert_allclose(found[1]["expert_load"], gradients()[1]["expert_load"], rtol=1e-6)
+
+
+def test_each_device_cuts_its_own_rows_into_parts(mesh_of):
+    rows = np.arange(8).reshape(1, 8, 1)
+    parts = jax.jit(lambda batch: step.in_parts(batch, 2, mesh_of(2, 1)))({"rows": rows})
+    assert np.asarray(parts["rows"])[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_one_compilation_serves_all_steps_and_states_are_freely_rearranged(config, mesh_of):
+    mesh = mesh_of(1, 2, 2, 1)
+    train_step = step.make_train_step(config, ADAFACTOR, mesh, SCANNED)
+    state = step.init_state(config, ADAFACTOR, 0, mesh, SCANNED)
+    plain = jax.device_get(step.plain(config, ADAFACTOR, mesh, SCANNED, state))
+    jax.tree.map(np.testing.assert_array_equal, plain, jax.device_get(step.init_state(config, ADAFACTOR, 0, mesh)))
+    batch = jax.device_put(batch_of(rows=16, seq=32), sharding.batch_sharding(mesh))
+    for _ in range(2):
+        state, _ = train_step(state, batch)
+        state = step.plain(config, ADAFACTOR, mesh, SCANNED, state)
+        state = step.arranged(config, ADAFACTOR, mesh, SCANNED, state)
+    assert train_step._cache_size() == 1
+
+
+@pytest.mark.parametrize("preset", ["openmoe-8b", "openmoe-34b", "openllama-large", "openmoe-next-8b"])
+def test_every_preset_is_one_scan_over_equal_blocks(preset, mesh_of):
+    config, mesh = PRESETS[preset], mesh_of(1, 1)
+    apart = step.state_shapes(config, ADAFACTOR, mesh).params
+    stacked = step.state_shapes(config, ADAFACTOR, mesh, SCANNED).params
+    assert sorted(stacked["decoder"]) == ["blocks", "decoder_norm", "logits_dense"]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(stacked["decoder"]["blocks"])} == {
+        config.num_layers // config.block_layers
+    }
+    assert sum(leaf.size for leaf in jax.tree.leaves(stacked)) == sum(leaf.size for leaf in jax.tree.leaves(apart))
