@@ -18,11 +18,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from openmoe.model import sharding
-from openmoe.model.config import ModelConfig
+from openmoe.model import attention, sharding
+from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig
 from openmoe.model.parameters import Initializer, Normal, Ones, TruncatedNormal, declare, fan_in_deviation
-
-MASKED = -1e10
 
 
 def rms_norm(x: Array, scale: Array, *, epsilon: float, dtype: str) -> Array:
@@ -61,7 +59,8 @@ class Rows(NamedTuple):
 
     position: Array  # int32[t] or int32[b, t], index in the row, or in the segment
     real: Array  # bool[b, t, 1], whether it is more than padding
-    mask: Array  # bool[b, 1, t, s], which positions it sees: of those at hand, or of the cache
+    segments: Array | None = None  # int32[b, t], see attention.segments_of; None where there is a cache
+    mask: Array | None = None  # bool[b, 1, t, s], which positions of the cache it sees, if there is one
 
 
 def rotate(x: Array, position: Array, *, theta: float) -> Array:
@@ -94,20 +93,6 @@ def segment_positions(segment_ids: Array) -> Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def attention_mask(target_ids: Array, segment_ids: Array) -> Array:
-    """Returns bool[b, 1, t, s]: whether position t sees s: not later, both real, same packed segment.
-
-    Args:
-      target_ids: int32[b, t]; 0 is padding.
-      segment_ids: int32[b, t].
-    """
-    real = target_ids > 0
-    positions = jnp.arange(target_ids.shape[1])
-    causal = positions[:, None] >= positions[None, :]
-    same_segment = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return (causal & same_segment & real[:, :, None] & real[:, None, :])[:, None]
-
-
 def real_positions(input_ids: Array) -> Array:
     """Returns bool[b, t]: all but trailing padding. The first position, whose input is always 0, is real.
 
@@ -117,25 +102,6 @@ def real_positions(input_ids: Array) -> Array:
     following = jnp.pad(input_ids[:, 1:], ((0, 0), (0, 1)))
     first = jnp.arange(input_ids.shape[1]) == 0
     return (input_ids > 0) | (following > 0) | first
-
-
-def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Softmax attention without the factor 1/sqrt(k), which the initialiser gives to the query kernel.
-
-    The mask is added, not selected: a position that sees nothing attends to all positions equally, and its
-    gradient passes through. That is what the original does with padding.
-
-    Args:
-      query: [b, t, h, k].
-      key, value: [b, s, h, k].
-      mask: bool[b, 1, t, s].
-
-    Returns:
-      [b, t, h, k], in the type of `value`.
-    """
-    logits = jnp.einsum("bthk,bshk->bhts", query, key)
-    weights = jax.nn.softmax(logits + jnp.where(mask, 0, MASKED).astype(logits.dtype), axis=-1)
-    return jnp.einsum("bhts,bshk->bthk", weights, value)
 
 
 def remember(seen: Array, new: Array, first: Array) -> Array:
@@ -216,12 +182,13 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with all heads of their own, rotated, without biases.
 
-    If it is given a collection `cache` (decode.py), it adds the keys, already rotated, and values at hand to it and
-    attends to all that are in it.
+    If rows have a mask, there is a collection `cache` (decode.py): it adds the keys, already rotated, and values at
+    hand to it and attends to all that are in it.
     """
 
     config: ModelConfig
     mesh: Mesh
+    execution: ExecutionConfig = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, rows: Rows) -> Array:
@@ -244,11 +211,25 @@ class Attention(nn.Module):
         query = rotate(query, rows.position, theta=config.rope_theta)
         key = rotate(key, rows.position, theta=config.rope_theta)
         value = heads("value", Normal(deviation))
-        if self.has_variable("cache", "keys"):
+        if rows.mask is not None:
             key, value = self._remember("keys", key, rows), self._remember("values", value, rows)
+            attended = attention.masked_attention(query, key, value, rows.mask)
+        else:
+            attended = self._attend(query, key, value, rows.segments)
         out_normal = Normal(fan_in_deviation(config, d_inner))
         out = Kernel((d_inner, config.d_model), ("joined_kv", "embed"), out_normal, self.mesh, name="out")()
-        return project(attend(query, key, value, rows.mask).reshape(*x.shape[:2], d_inner), out)
+        return project(attended.reshape(*x.shape[:2], d_inner), out)
+
+    def _attend(self, query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+        assert segments is not None
+        implementation = attention.implementation_for(
+            self.mesh.devices.flat[0].platform,
+            self.config,
+            self.execution,
+            row_len=query.shape[1],
+            tensor=self.mesh.shape["tensor"],
+        )
+        return attention.attend(query, key, value, segments, implementation=implementation, mesh=self.mesh)
 
     def _remember(self, name: str, new: Array, rows: Rows) -> Array:
         seen = remember(self.get_variable("cache", name), new, rows.position[:, 0])

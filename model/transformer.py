@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 
-from openmoe.model import layers, moe, sharding
+from openmoe.model import attention, layers, moe, sharding
 from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig
 from openmoe.model.layers import Attention, GatedKernels, Kernel, RMSNorm, Rows, gated_mlp, project
 from openmoe.model.parameters import Normal, TruncatedNormal, declare, fan_in_deviation
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         rows = Rows(
             position=layers.segment_positions(segment_ids) if self.config.reset_positions else in_row,
             real=layers.real_positions(input_ids)[..., None],
-            mask=layers.attention_mask(target_ids, segment_ids),
+            segments=attention.segments_of(target_ids, segment_ids),
         )
         return self.decoder(self.token_embedder(input_ids), rows)
 
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
     def _go_through(self, x: Array, rows: Rows) -> tuple[Array, tuple[moe.MoEOutput, ...]]:
         outputs = []
         for first in range(0, self.config.num_layers, self.config.block_layers):
-            block = self._block_type()(self.config, self.mesh, self.train, first)
+            block = self._block_type()(self.config, self.mesh, self.train, self.execution, first)
             nn.share_scope(self, block)  # so that layers are the decoder's own, as in T5X
             x, output = block(x, rows, jnp.asarray(first == 0))
             outputs.append(output)
@@ -162,7 +162,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "block"},
         )
         is_first = jnp.arange(num_blocks) == 0
-        x, outputs = scanned(self.config, self.mesh, self.train, 0, name="blocks")(x, rows, is_first)
+        x, outputs = scanned(self.config, self.mesh, self.train, self.execution, 0, name="blocks")(x, rows, is_first)
         of_block = [jax.tree.map(lambda leaf, i=i: leaf[i], outputs) for i in range(num_blocks)]
         return x, tuple(of_block if self.config.num_experts else ())
 
@@ -182,6 +182,7 @@ class Block(nn.Module):
     config: ModelConfig
     mesh: Mesh
     train: bool
+    execution: ExecutionConfig
     first: int
 
     @nn.compact
@@ -191,9 +192,9 @@ class Block(nn.Module):
         for i in range(self.config.block_layers):
             name = f"layers_{self.first + i}"
             if self.config.is_moe_layer(i):
-                x, output = MoELayer(self.config, self.mesh, self.train, name=name)(x, rows, is_first)
+                x, output = MoELayer(self.config, self.mesh, self.train, self.execution, name=name)(x, rows, is_first)
             else:
-                x = DenseLayer(self.config, self.mesh, name=name)(x, rows, is_first)
+                x = DenseLayer(self.config, self.mesh, self.execution, name=name)(x, rows, is_first)
             x = sharding.by_rows(x, self.mesh)
         return x, output
 
@@ -215,13 +216,14 @@ class DenseLayer(nn.Module):
 
     config: ModelConfig
     mesh: Mesh
+    execution: ExecutionConfig = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, rows: Rows, is_early: Array) -> Array:
         """Maps [b, t, d] to [b, t, d]; `is_early`, bool[]: no MoE layer comes before."""
         config, mesh = self.config, self.mesh
         h = rows.real * RMSNorm(config, name="pre_self_attention_layer_norm")(x)
-        x = add_to_stream(x, Attention(config, mesh, name="self_attention")(h, rows), is_early)
+        x = add_to_stream(x, Attention(config, mesh, self.execution, name="self_attention")(h, rows), is_early)
         h = rows.real * RMSNorm(config, name="pre_mlp_layer_norm")(x)
         return add_to_stream(x, gated_mlp(h, GatedKernels(config, mesh, name="mlp")(), config.ffn), is_early)
 
@@ -236,13 +238,14 @@ class MoELayer(nn.Module):
     config: ModelConfig
     mesh: Mesh
     train: bool
+    execution: ExecutionConfig = PLAIN
 
     @nn.compact
     def __call__(self, x: Array, rows: Rows, is_early: Array) -> tuple[Array, moe.MoEOutput]:
         """Maps [b, t, d] to [b, t, d]; `is_early`, bool[]: no MoE layer comes before."""
         config, mesh = self.config, self.mesh
         h = rows.real * RMSNorm(config, name="pre_self_attention_layer_norm")(x)
-        x = add_to_stream(x, Attention(config, mesh, name="self_attention")(h, rows), is_early)
+        x = add_to_stream(x, Attention(config, mesh, self.execution, name="self_attention")(h, rows), is_early)
         h = rows.real * RMSNorm(config, name="pre_mlp_layer_norm")(x)
         output = moe.MoE(config, mesh, self.train, name="mlp")(h, rows.real)
         x = add_to_stream(x, output.y, False)

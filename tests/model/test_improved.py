@@ -168,8 +168,7 @@ def test_a_parallel_extra_block_reads_what_the_experts_read(run, mesh_of):
     params = step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)).params["decoder"]["layers_0"]
     assert "pre_extra_mlp_layer_norm" not in params
     x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, SEQ, 16)), jnp.float32)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((SEQ, SEQ), bool)), (ROWS, 1, SEQ, SEQ))
-    rows = Rows(jnp.arange(SEQ), jnp.ones((ROWS, SEQ, 1), bool), causal)
+    rows = Rows(jnp.arange(SEQ), jnp.ones((ROWS, SEQ, 1), bool), jnp.ones((ROWS, SEQ), jnp.int32))
 
     def both(params, x):
         (y, output), found = layer.apply({"params": params}, x, rows, True, capture_intermediates=True)
