@@ -15,18 +15,13 @@ Arrays are read and written one by one: beside the state itself at most twice th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
-import secrets
-import shutil
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import fsspec
 import jax
 import jax.numpy as jnp
 import msgpack
@@ -35,6 +30,20 @@ import tensorstore as ts
 from flax import serialization, traverse_util
 from jax import Array
 
+from openmoe.model.interop import (
+    GS,
+    CheckpointError,
+    Dtype,
+    DuplicateArray,
+    MissingArray,
+    Report,
+    each_once,
+    explained,
+    files,
+    listed,
+    repeated,
+    whole_or_absent,
+)
 from openmoe.model.optimizer import AdafactorState
 from openmoe.model.step import TrainState
 
@@ -43,32 +52,9 @@ CHUNK_BYTES = 64 * 2**20
 MOMENTS = ("m", "v", "v_col", "v_row")
 STEP = "state/step"
 
-_GS = "gs://"
 _INDEX = "checkpoint"
+_TARGET = "target/"
 _STATES = "state/param_states/"
-
-Report = Callable[[int, int], None]  # arrays done, of how many
-Dtype = Literal["float32", "bfloat16"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; one line: where, what, the value, the remedy."""
-
-
-class UnknownArray(CheckpointError):
-    """A checkpoint holds an array that the model does not have."""
-
-
-class MissingArray(CheckpointError):
-    """A checkpoint lacks an array that the model has, or a part of one."""
-
-
-class DuplicateArray(CheckpointError):
-    """A checkpoint has two arrays for one place, or two places for one array."""
-
-
-class WrongShape(CheckpointError):
-    """An array of a checkpoint has another shape than in the model."""
 
 
 class StoredArray(NamedTuple):
@@ -169,16 +155,16 @@ def stored_arrays(path: str, wanted: Mapping[str, Any]) -> dict[str, StoredArray
       CheckpointError: as in `restore`.
     """
     found = read_index(path)
-    unused = {name for name, array in found.items() if name not in wanted and _is_unused_moment(array)}
-    remedy = "choose the model and optimizer settings it was written with"
-    if unknown := found.keys() - wanted.keys() - unused:
-        raise UnknownArray(f"{path}: {_listed(unknown)}: there is no such array in this model; {remedy}")
-    if missing := wanted.keys() - found.keys():
-        raise MissingArray(f"{path}: {_listed(missing)}: missing, this model has it; {remedy}")
-    for name, like in wanted.items():
-        if (shape := found[name].shape) != like.shape:
-            raise WrongShape(f"{path}: {name}: has shape {shape}, in this model {like.shape}; {remedy}")
-    return {name: found[name] for name in wanted}
+    used = {name: array for name, array in found.items() if name in wanted or not _is_unused_moment(array)}
+    return each_once(path, used, wanted, "choose the model and optimizer settings it was written with")
+
+
+def stored_parameters(path: str, wanted: Mapping[str, Any]) -> dict[str, StoredArray]:
+    """As `stored_arrays`, of the parameters alone and by their names below `target/`."""
+    found = {name: array for name, array in read_index(path).items() if name.startswith(_TARGET)}
+    full = {f"{_TARGET}{name}": like for name, like in wanted.items()}
+    stored = each_once(path, found, full, "choose the model it was written with")
+    return {name.removeprefix(_TARGET): array for name, array in stored.items()}
 
 
 def read_index(path: str) -> dict[str, StoredArray]:
@@ -190,7 +176,7 @@ def read_index(path: str) -> dict[str, StoredArray]:
     """
     path = path.rstrip("/")
     try:
-        data = _files(path).cat_file(f"{path}/{_INDEX}")
+        data = files(path).cat_file(f"{path}/{_INDEX}")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path}: no T5X checkpoint: it has no file `{_INDEX}`; give the path of a whole checkpoint_<step>"
@@ -207,10 +193,10 @@ def read_index(path: str) -> dict[str, StoredArray]:
         raise
     except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}/{_INDEX}: no index of T5X ({error!r}); copy the checkpoint once more") from error
-    if twice := _repeated(array.name for array in arrays):
-        raise DuplicateArray(f"{path}/{_INDEX}: {_listed(twice)}: there twice; write the checkpoint once more")
-    if twice := _repeated(array.source for array in arrays if isinstance(array.source, str)):
-        raise DuplicateArray(f"{path}/{_INDEX}: {_listed(twice)}: two arrays in one folder; write it once more")
+    if twice := repeated(array.name for array in arrays):
+        raise DuplicateArray(f"{path}/{_INDEX}: {listed(twice)}: there twice; write the checkpoint once more")
+    if twice := repeated(array.source for array in arrays if isinstance(array.source, str)):
+        raise DuplicateArray(f"{path}/{_INDEX}: {listed(twice)}: two arrays in one folder; write it once more")
     return {array.name: array for array in arrays}
 
 
@@ -234,16 +220,16 @@ def write(
       CheckpointError: there is a checkpoint of this step already, or it cannot be written.
     """
     path = f"{folder.rstrip('/')}/checkpoint_{int(arrays[STEP]())}"
-    if _files(path).exists(f"{path}/{_INDEX}" if path.startswith(_GS) else path):
+    if files(path).exists(f"{path}/{_INDEX}" if path.startswith(GS) else path):
         raise CheckpointError(f"{path}: is there already; remove it, or choose another folder")
     leaves: dict[str, Any] = {}
-    with _explained(path), _whole_or_absent(path) as unfinished:
+    with explained(path, _reason), whole_or_absent(path) as unfinished:
         for name, array in arrays.items():
-            leaves[name] = _write_array(unfinished, name, array, dtype if name.startswith("target/") else None)
+            leaves[name] = _write_array(unfinished, name, array, dtype if name.startswith(_TARGET) else None)
             report(len(leaves), len(arrays))
         for name in arrays:
-            for moment in MOMENTS if name.startswith("target/") else ():
-                leaves.setdefault(f"{name.replace('target/', _STATES, 1)}/{moment}", np.zeros(1, np.float32))
+            for moment in MOMENTS if name.startswith(_TARGET) else ():
+                leaves.setdefault(f"{name.replace(_TARGET, _STATES, 1)}/{moment}", np.zeros(1, np.float32))
         _write_index(unfinished, leaves)
     return path
 
@@ -276,7 +262,7 @@ def _write_array(directory: str, name: str, give: Callable[[], np.ndarray], dtyp
     store = ts.open(spec, create=True).result()
     store.write(array, can_reference_source_data_indefinitely=True).result()
     # A checkpoint can be moved: the index knows neither its directory nor its bucket.
-    anywhere = {"bucket": "t5x-dummy-bucket"} if directory.startswith(_GS) else {}
+    anywhere = {"bucket": "t5x-dummy-bucket"} if directory.startswith(GS) else {}
     return spec | {"kvstore": {**anywhere, "driver": spec["kvstore"]["driver"], "path": folder}}
 
 
@@ -284,44 +270,12 @@ def _write_index(directory: str, leaves: Mapping[str, Any]) -> None:
     in_order = {name: leaves[name] for name in sorted(leaves, key=lambda name: name.split("/"))}
     tree = {"version": VERSION, "optimizer": traverse_util.unflatten_dict(in_order, sep="/")}
     data = serialization.msgpack_serialize(tree, in_place=True)  # else it sorts the keys
-    if directory.startswith(_GS):
-        _files(directory).pipe_file(f"{directory}/{_INDEX}", data)
+    if directory.startswith(GS):
+        files(directory).pipe_file(f"{directory}/{_INDEX}", data)
         return
     with Path(directory, _INDEX).open("wb", buffering=0) as file:
         file.write(data)
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _whole_or_absent(path: str) -> Generator[str]:
-    """Gives the directory to write to, which at no moment has this name and an index without being whole.
-
-    A local one gets its name at the end. On gs:// that would copy all objects: there the index comes last.
-    """
-    if path.startswith(_GS):
-        with contextlib.suppress(FileNotFoundError):
-            _files(path).rm(path, recursive=True)  # what an unfinished one left
-        yield path
-        return
-    unfinished = Path(f"{path}.tmp-{secrets.token_hex(4)}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield str(unfinished)
-        unfinished.rename(path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def _explained(path: str) -> Generator[None]:
-    """Turns failures of the file system, and of TensorStore, which are ValueErrors, into one line."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -378,21 +332,7 @@ def _is_unused_moment(array: StoredArray) -> bool:
 
 def _kvstore(directory: str, folder: str) -> dict[str, str]:
     """Returns where TensorStore finds a folder of a directory, local or gs://."""
-    if not directory.startswith(_GS):
+    if not directory.startswith(GS):
         return {"driver": "file", "path": f"{Path(directory).absolute()}/{folder}"}
-    bucket, _, path = f"{directory}/{folder}".removeprefix(_GS).partition("/")
+    bucket, _, path = f"{directory}/{folder}".removeprefix(GS).partition("/")
     return {"driver": "gcs", "bucket": bucket, "path": path}
-
-
-def _files(path: str) -> Any:
-    return fsspec.core.url_to_fs(path, use_listings_cache=False)[0]
-
-
-def _repeated(words: Iterable[str]) -> set[str]:
-    return {word for word, times in Counter(words).items() if times > 1}
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first name, parameters before moments, and how many more there are."""
-    first, *rest = sorted(names, key=lambda name: (name.startswith("state/"), name))
-    return f"{first} and {len(rest)} more" if rest else first

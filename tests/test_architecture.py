@@ -49,8 +49,8 @@ PURE = (
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "train_loop", "report", "data_summary",
-    "validate", "validate_data", "validate_memory", "facts", "tables", "home", "cluster_file", "instances", "wheel", "job_store",
-    "story_records", "controller_lock", "watchdog", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
+    "validate", "validate_data", "validate_memory", "facts", "tables", "home", "cluster_file", "instances", "wheel",
+    "job_store", "story_records", "controller_lock", "watchdog", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
     "dashboard.views", "dashboard.watch", "dashboard.summary",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")

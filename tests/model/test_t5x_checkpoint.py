@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from openmoe.model import checkpoint, sharding, step
+from openmoe.model import checkpoint, interop, sharding, step
 from openmoe.model import t5x_checkpoint as t5x
 from openmoe.model.config import PRESETS, OptimizerConfig
 from openmoe.model.optimizer import AdafactorState
@@ -204,18 +204,18 @@ LAYER_NORM = "target/decoder/layers_0/pre_mlp_layer_norm/scale"
     [
         (
             partial(with_another, "target/decoder/layers_4/bias"),
-            t5x.UnknownArray,
+            interop.UnknownArray,
             f": target/decoder/layers_4/bias: there is no such array in this model; {REMEDY}",
         ),
-        (partial(without, NORM), t5x.MissingArray, f": {NORM}: missing, this model has it; {REMEDY}"),
+        (partial(without, NORM), interop.MissingArray, f": {NORM}: missing, this model has it; {REMEDY}"),
         (
             lambda leaves: [*leaves.items(), (NORM, leaves[NORM])],
-            t5x.DuplicateArray,
+            interop.DuplicateArray,
             f"/checkpoint: {NORM}: there twice; write the checkpoint once more",
         ),
         (
             partial(with_folder_of, LAYER_NORM),
-            t5x.DuplicateArray,
+            interop.DuplicateArray,
             f"/checkpoint: {LAYER_NORM.replace('/', '.')}/: two arrays in one folder; write it once more",
         ),
     ],
@@ -223,7 +223,7 @@ LAYER_NORM = "target/decoder/layers_0/pre_mlp_layer_norm/scale"
 )
 def test_every_array_is_used_exactly_once(copied, template, change, kind, message):
     edit_index(copied, change)
-    with pytest.raises(t5x.CheckpointError) as raised:
+    with pytest.raises(interop.CheckpointError) as raised:
         t5x.restore(str(copied), template(1, 1))
     assert (type(raised.value), str(raised.value)) == (kind, f"{copied}{message}")
 
@@ -231,13 +231,13 @@ def test_every_array_is_used_exactly_once(copied, template, change, kind, messag
 def test_another_shape_is_an_error_before_anything_is_read(written, mesh_of, moe_config):
     wider = step.state_shapes(replace(moe_config, vocab_size=640), OptimizerConfig(), mesh_of(1, 1))
     message = rf"decoder/logits_dense/kernel: has shape \(64, 512\), in this model \(64, 640\); {REMEDY}$"
-    with pytest.raises(t5x.WrongShape, match=message):
+    with pytest.raises(interop.WrongShape, match=message):
         t5x.restore(str(written), wider, lambda *progress: pytest.fail("an array has been read"))
 
 
 def test_moments_of_other_optimizer_settings_are_unknown(written, mesh_of, moe_config):
     factored = step.state_shapes(moe_config, OptimizerConfig(min_dim_size_to_factor=64), mesh_of(1, 1))
-    with pytest.raises(t5x.UnknownArray, match=r"kernel/v and 29 more: there is no such array in this model"):
+    with pytest.raises(interop.UnknownArray, match=r"kernel/v and 29 more: there is no such array in this model"):
         t5x.restore(str(written), factored)
 
 
@@ -278,20 +278,20 @@ def make_older(path):
 @pytest.mark.parametrize(
     ("damage", "kind", "message"),
     [
-        (remove_chunk, t5x.MissingArray, f"{NORM}: cannot be read: NOT_FOUND: chunk"),
-        (remove_folder, t5x.MissingArray, f"{NORM}: cannot be read: NOT_FOUND: "),
-        (tear_chunk, t5x.CheckpointError, f"{NORM}: cannot be read: "),
-        (reshape_array, t5x.CheckpointError, f"{NORM}: cannot be read: "),
-        (tear_index, t5x.CheckpointError, "/checkpoint: no index of T5X"),
-        (lead_outside, t5x.CheckpointError, f"{NORM}: lies outside of the checkpoint, in ../elsewhere/"),
-        (make_older, t5x.CheckpointError, ": version 2 of T5X's format; only 3 can be read"),
-        (lambda path: (path / "checkpoint").unlink(), t5x.CheckpointError, "no T5X checkpoint: it has no file"),
+        (remove_chunk, interop.MissingArray, f"{NORM}: cannot be read: NOT_FOUND: chunk"),
+        (remove_folder, interop.MissingArray, f"{NORM}: cannot be read: NOT_FOUND: "),
+        (tear_chunk, interop.CheckpointError, f"{NORM}: cannot be read: "),
+        (reshape_array, interop.CheckpointError, f"{NORM}: cannot be read: "),
+        (tear_index, interop.CheckpointError, "/checkpoint: no index of T5X"),
+        (lead_outside, interop.CheckpointError, f"{NORM}: lies outside of the checkpoint, in ../elsewhere/"),
+        (make_older, interop.CheckpointError, ": version 2 of T5X's format; only 3 can be read"),
+        (lambda path: (path / "checkpoint").unlink(), interop.CheckpointError, "no T5X checkpoint: it has no file"),
     ],
     ids=["chunk", "array", "torn chunk", "other array", "torn index", "outside", "version", "no index"],
 )
 def test_damage_is_named_in_one_line(copied, template, damage, kind, message):
     damage(copied)
-    with pytest.raises(t5x.CheckpointError) as raised:
+    with pytest.raises(interop.CheckpointError) as raised:
         t5x.restore(str(copied), template(1, 1))
     assert type(raised.value) is kind
     assert str(raised.value).startswith(str(copied))
@@ -301,21 +301,21 @@ def test_damage_is_named_in_one_line(copied, template, damage, kind, message):
 
 def test_a_checkpoint_is_not_written_over(written, state):
     with pytest.raises(
-        t5x.CheckpointError, match="checkpoint_3: is there already; remove it, or choose another folder"
+        interop.CheckpointError, match="checkpoint_3: is there already; remove it, or choose another folder"
     ):
         t5x.save(str(written.parent), state)
 
 
 def test_a_step_that_is_not_the_count_of_updates_cannot_be_written(state, tmp_path):
     with pytest.raises(
-        t5x.CheckpointError, match="step 4 with 3 updates of the optimizer: T5X has one number for both"
+        interop.CheckpointError, match="step 4 with 3 updates of the optimizer: T5X has one number for both"
     ):
         t5x.save(str(tmp_path), state._replace(step=state.step + 1))
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(state, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(t5x.CheckpointError, match=r"file/checkpoint_3: cannot be written: .*Not a directory"):
+    with pytest.raises(interop.CheckpointError, match=r"file/checkpoint_3: cannot be written: .*Not a directory"):
         t5x.save(str(tmp_path / "file"), state)
 
 
@@ -341,7 +341,7 @@ def test_a_killed_save_leaves_no_checkpoint_and_does_not_hinder_the_next_one(pla
     left = [name.partition("/checkpoint_3")[2] for name in files.find(folder)]
     assert len(left) == 2  # the first array has been written
     assert not files.exists(f"{folder}/checkpoint_3/checkpoint")
-    with pytest.raises(t5x.CheckpointError, match="checkpoint_3: no T5X checkpoint"):
+    with pytest.raises(interop.CheckpointError, match="checkpoint_3: no T5X checkpoint"):
         t5x.restore(f"{folder}/checkpoint_3", template(1, 1))
 
     assert t5x.save(folder, state) == f"{folder}/checkpoint_3"
@@ -353,7 +353,7 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     def fail():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(t5x.CheckpointError, match=r"checkpoint_3: cannot be written: .*No space left on device"):
+    with pytest.raises(interop.CheckpointError, match=r"checkpoint_3: cannot be written: .*No space left on device"):
         t5x.write(str(tmp_path / "t5x"), {"state/step": lambda: np.int32(3), "target/a": fail})
     assert list((tmp_path / "t5x").iterdir()) == []
 
@@ -370,7 +370,7 @@ def test_on_gs_the_index_names_no_bucket_and_a_checkpoint_can_be_copied_either_w
         "kvstore": {"bucket": "t5x-dummy-bucket", "driver": "gcs", "path": "target.decoder.decoder_norm.scale/"},
         "metadata": {"chunks": [64], "compressor": {"id": "gzip", "level": 1}, "shape": [64]},
     }
-    with pytest.raises(t5x.CheckpointError, match="checkpoint_3: is there already"):
+    with pytest.raises(interop.CheckpointError, match="checkpoint_3: is there already"):
         t5x.save(f"{gcs}/t5x", state)
 
     files.get(path, str(tmp_path / "downloaded"), recursive=True)

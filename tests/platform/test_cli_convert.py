@@ -1,4 +1,4 @@
-"""`openmoe convert` as a user runs it: a T5X checkpoint of the nano model to Orbax, back again, and bad input."""
+"""`openmoe convert` as a user runs it: the nano model from T5X to Orbax and Hugging Face, back again, and bad input."""
 
 import json
 import os
@@ -111,6 +111,14 @@ def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):
             "t5x: no checkpoint of Orbax; give the path of one step, such as DIR/1000",
         ),
         (
+            "t5x new --from hf --to t5x",
+            "t5x: no checkpoint of Hugging Face: it has no config.json; give its folder",
+        ),
+        (
+            "t5x/checkpoint_5 new --from t5x --to hf",
+            "--model: needed with --from t5x; such as --model openmoe-8b",
+        ),
+        (
             "t5x/checkpoint_5 t5x --from t5x --to t5x --model openmoe-nano",
             "t5x/checkpoint_5: is there already; remove it, or choose another folder",
         ),
@@ -124,3 +132,56 @@ def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):
 def test_bad_input_is_one_line_and_exit_code_2(convert, folder, line, message):
     assert convert(line) == (2, "", f"{message}\n")
     assert not (folder / "new").exists()
+
+
+def openmoe_here(convert, line):
+    code, out, err = convert(line)
+    assert code == 0, err
+    return out, err
+
+
+def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, mesh):
+    out, err = openmoe_here(convert, "t5x/checkpoint_5 hf --from t5x --to hf --model openmoe-nano")
+    assert out == "hf\n"
+    assert "hf has parameters only: the step and the optimizer's state of t5x/checkpoint_5 stay behind\n" in err
+    assert "write: 49 of 49 arrays" in err
+    assert "checked: 4 layers, largest difference 0.0 of " in err
+    assert sorted(path.name for path in (folder / "hf").iterdir()) == [
+        "config.json",
+        "configuration_openmoe.py",
+        "generation_config.json",
+        "layers_openmoe.py",
+        "model.safetensors",
+        "modeling_openmoe.py",
+    ]
+    template, fresh = (
+        step.state_shapes(NANO, OptimizerConfig(), mesh),
+        step.init_state(NANO, OptimizerConfig(), 0, mesh),
+    )
+    wanted = fresh._replace(params=state.params)  # step 0, moments of zeros
+
+    out, err = openmoe_here(convert, "hf new-t5x --from hf --to t5x")
+    assert out == "new-t5x/checkpoint_0\n"
+    assert "hf has parameters only: t5x begins at step 0 with a fresh state of the optimizer\n" in err
+    assert checkpoint.checksum(t5x.restore(out.strip(), template)) == checkpoint.checksum(wanted)
+
+    out, err = openmoe_here(convert, "hf new-orbax --from hf --to orbax --no-check")
+    assert (out, "checked" in err) == ("new-orbax/0\n", False)
+    restored, _ = checkpoint.Checkpointer(str(folder / "new-orbax")).restore(0, template)
+    assert checkpoint.checksum(restored) == checkpoint.checksum(wanted)
+
+    out, err = openmoe_here(convert, "new-orbax/0 hf-again --from orbax --to hf --model openmoe-nano --no-check")
+    assert (folder / "hf-again/model.safetensors").read_bytes() == (folder / "hf/model.safetensors").read_bytes()
+
+    out, err = openmoe_here(convert, "hf half --from hf --to hf --dtype bfloat16")
+    assert "checked: 4 layers, largest difference 0.0 of " in err
+    sizes = [(folder / name / "model.safetensors").stat().st_size for name in ("hf", "half")]
+    assert 1.99 < sizes[0] / sizes[1] < 2
+
+
+def test_an_improved_model_has_no_form_in_hugging_face(convert):
+    line = "t5x/checkpoint_5 new --from t5x --to hf --model openmoe-next-nano"
+    code, out, err = convert(line)
+    assert (code, out) == (2, "")
+    assert err.startswith("config.json: cannot express ")
+    assert err.endswith("; convert to t5x or orbax\n")

@@ -1,0 +1,105 @@
+"""The golden model and a small one of our own as Hugging Face checkpoints; none of these tests runs without PyTorch."""
+
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+if importlib.util.find_spec("torch") is None:
+    collect_ignore_glob = ["test_*.py"]  # `make test-interop` installs it
+
+from openmoe.model import hf_checkpoint, sharding
+from openmoe.model.config import PRESETS
+from openmoe.model.interop import InMemory
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SMALL = Path(__file__).parents[1] / "model" / "goldens"
+FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
+
+# As tests/model/conftest.py has them.
+MOE = replace(
+    PRESETS["openmoe-base"],
+    num_layers=4,
+    moe_every=2,
+    num_heads=4,
+    head_dim=16,
+    d_model=64,
+    d_ff=96,
+    num_experts=4,
+    vocab_size=512,
+    text_vocab_size=500,
+    group_size=64,
+    dtype="float32",
+)
+DENSE = replace(
+    MOE, num_layers=2, num_experts=0, moe_every=0, init_scale=1.0, normalize_loss=False, text_vocab_size=512
+)
+
+
+@pytest.fixture(scope="session")
+def dense_config():
+    return DENSE
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def moe_config():
+    return MOE
+
+
+@pytest.fixture(scope="session")
+def jax_params(golden):
+    return traverse_util.unflatten_dict(golden("moe_params"), sep="/")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Returns golden(name), the arrays of a golden file; the test is skipped where the full ones are not."""
+
+    def load(name):
+        found = [path for folder in (FULL, SMALL) if (path := folder / f"{name}.npz").exists()]
+        if not found:
+            pytest.skip(f"the full golden data is not at {FULL}: the comparison with {name} did not run")
+        return dict(np.load(found[0]))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def parameters(golden):
+    return {name: InMemory(array) for name, array in golden("moe_params").items()}
+
+
+@pytest.fixture(scope="session")
+def export(parameters, tmp_path_factory):
+    """The golden weights as openmoe writes them, in three files."""
+    path = str(tmp_path_factory.mktemp("hf") / "golden")
+    hf_checkpoint.write(path, MOE, parameters, shard_bytes=800_000)
+    assert len(list(Path(path).glob("*.safetensors"))) == 3, "several parts are wanted"
+    return path
+
+
+@pytest.fixture(scope="session")
+def load(export, tmp_path_factory):
+    """Returns load(), the export as transformers loads it; `settings` are set in its config.json before."""
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("hf-modules"))
+    import transformers
+
+    def load(path=export, **settings):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+        for name, value in settings.items():
+            assert hasattr(config, name)
+            setattr(config, name, value)
+        return transformers.AutoModelForCausalLM.from_pretrained(path, config=config, trust_remote_code=True)
+
+    return load
