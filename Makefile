@@ -1,6 +1,7 @@
 # make quickstart   text to trained MoE, in .venv, under 4 minutes          make test          what a change must pass
 # make check        lint, format, types                                     make test-faults   kills of real runs
 # make wheel        dist/openmoe-*.whl, as Ray jobs carry it                make lock          new versions and hashes
+# make test-interop   exports in PyTorch and transformers, which it installs in .venv-interop
 # make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 4 minutes)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -9,13 +10,34 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-faults demo-preemption check format wheel wheel-check lock clean
+.PHONY: quickstart test test-interop test-tpu test-faults demo-preemption check format wheel wheel-check lock clean
 
 quickstart: $(READY)
 	$(BIN)/openmoe quickstart
 
 test: $(READY)
-	$(PYTEST) -m "not faults" $(ARGS)
+	$(PYTEST) -m "not faults" --ignore=tests/tpu --ignore=tests/interop $(ARGS)
+
+# Compiled by the TPU's own compiler, libtpu, which needs no TPU for that (Linux; 3 minutes).
+test-tpu: .venv-tpu/.ready
+	PYTHONPATH=.venv-tpu $(PYTEST) tests/tpu $(ARGS)
+
+.venv-tpu/.ready: requirements-tpu.lock | $(READY)
+	rm -rf .venv-tpu
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-tpu --require-hashes -r requirements-tpu.lock
+	@touch $@
+
+# What transformers makes of our exports (2 minutes). PyTorch comes by pip, which may know of a build for CPUs alone.
+test-interop: .venv-interop/.ready
+	.venv-interop/bin/python -m pytest tests/interop $(ARGS)
+
+.venv-interop/.ready: requirements-interop.lock $(READY)
+	rm -rf .venv-interop && $(BIN)/python -m venv --without-pip .venv-interop
+	$(BIN)/uv pip install --quiet --python .venv-interop/bin/python --require-hashes -r requirements-interop.lock
+	$(BIN)/python -m pip --python .venv-interop/bin/python install --quiet torch==2.13.0
+	@for bin in .venv-interop/bin $(BIN); do $$bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
+		{ read -r new; read -r ours; echo "import site; site.addsitedir('$$ours')" >$$new/openmoe.pth; }
+	@touch $@
 
 test-faults: $(READY)
 	$(PYTEST) -m faults $(ARGS)
@@ -61,6 +83,12 @@ lock: $(READY)
 		--python-version 3.11 -o requirements.lock pyproject.toml
 	echo "uv==$$($(BIN)/uv --version | cut -d' ' -f2)" | $(BIN)/uv pip compile --quiet --universal \
 		--generate-hashes --no-annotate --no-header --python-version 3.11 -o requirements-uv.lock -
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --extra tpu \
+		--python-version 3.11 -c requirements.lock pyproject.toml | awk '/^[^ ]/ { keep = /^libtpu==/ } keep' \
+		>requirements-tpu.lock
+	printf '%s\n' transformers filelock jinja2 networkx setuptools sympy typing-extensions | $(BIN)/uv pip compile --quiet \
+		--universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c requirements.lock \
+		-o requirements-interop.lock -
 
 clean:
-	rm -rf .venv .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-tpu .venv-wheel build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
