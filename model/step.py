@@ -70,18 +70,18 @@ def state_shapes(
 def arranged(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig, state: TrainState
 ) -> TrainState:
-    """Returns the state as `make_train_step` wants it, consuming the one that checkpoints hold."""
+    """Returns the state as `make_train_step` wants it, a copy if checkpoints hold it in another form."""
     if not execution.scan_blocks:
         return state
     layout = _layout(config, optimizer_config, mesh, execution)
     stack = functools.partial(_over_blocks, functools.partial(stacking.stack, config))
-    return jax.jit(stack, donate_argnums=0, out_shardings=layout)(state)
+    return jax.jit(stack, out_shardings=layout)(state)
 
 
 def plain(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig, state: TrainState
 ) -> TrainState:
-    """Returns the state as checkpoints hold it, a copy if it is another form; undoes `arranged`."""
+    """Returns the state as checkpoints hold it; undoes `arranged`."""
     if not execution.scan_blocks:
         return state
     unstack = functools.partial(_over_blocks, functools.partial(stacking.unstack, config))

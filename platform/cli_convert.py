@@ -46,7 +46,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Turn a checkpoint into one of another format: t5x and orbax with the optimizer's state, hf without."""
-    from openmoe.model import acceptance, hf_config, t5x_checkpoint  # noqa: F401, cli.py knows its errors by that one
+    from openmoe.model import acceptance, hf_config
     from openmoe.platform import progress
     from openmoe.platform.spec_errors import Problem, SpecError
 

@@ -68,8 +68,8 @@ def train(
             "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
         )
         saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
-        restored, position = saver.restore(mesh)
-        state, train_step = step.arranged(*plan, restored), step.make_train_step(*plan)
+        state, position = saver.restore(mesh)
+        state, train_step = step.arranged(*plan, state), step.make_train_step(*plan)
 
         while position.step < spec.train.total_steps:
             beat()

@@ -4,6 +4,7 @@ The number of devices is set before JAX starts and holds for all tests that run 
 a test that wants fewer gives `make_mesh` the devices it wants.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from openmoe.model import sharding
 from openmoe.model.config import PRESETS
 
 jax.config.update("jax_num_cpu_devices", 8)
+# These tests compile much and compute little: LLVM's optimizations, which come after XLA's own, would double their
+# time. Only this process is told, which reads it when it makes its devices.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
+    jax.devices()
 
 SMALL = Path(__file__).parent / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
