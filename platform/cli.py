@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openmoe.platform import (
+    cli_ablate,
     cli_cluster,
     cli_convert,
     cli_dashboard,
@@ -64,9 +65,9 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     from openmoe.platform.spec_errors import SpecError
 
     ours = (SpecError, DataError, StorageError, RunDirError, JournalError, LocalRayError, TwinError, JobError)
-    if "openmoe.model.t5x_checkpoint" not in sys.modules:  # its import takes seconds; then it has raised nothing
+    if "openmoe.model.interop" not in sys.modules:  # its import takes seconds; then it has raised nothing
         return (*ours, DashboardError)
-    from openmoe.model.t5x_checkpoint import CheckpointError
+    from openmoe.model.interop import CheckpointError
 
     return (*ours, DashboardError, CheckpointError)
 
@@ -276,4 +277,5 @@ app.add_typer(cli_schedule.app, name="schedule")
 app.add_typer(cli_cluster.app, name="cluster")
 cli_render.add_to(cli_cluster.app)
 app.add_typer(data_app, name="data")
+cli_ablate.add_to(model_app)
 app.add_typer(model_app, name="model")
