@@ -128,7 +128,7 @@ VARIANTS: dict[str, Variant] = {
     "swiglu": Variant(
         _swiglu,
         "two factors in the gated block instead of three, and 4/3 of the width: the same parameters",
-        "the common block; a product of three factors has heavier tails",
+        "the block that other models have, with one product less",
         "2002.05202",
     ),
     "parallel-mlp": Variant(
@@ -140,7 +140,8 @@ VARIANTS: dict[str, Variant] = {
     "reset-positions": Variant(
         lambda base: {"reset_positions": True},
         "positions count from the start of each packed segment",
-        "a text looks the same wherever it lies in its row",
+        "angles stay small in long rows; as RoPE knows only distances, and segments do not see each other, nothing but "
+        "rounding can differ",
     ),
     "sigmoid": Variant(
         lambda base: {"router": "sigmoid", "renormalize_gates": True},

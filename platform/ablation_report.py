@@ -35,8 +35,8 @@ NOT_SHOWN = (
     "little for a router that has made up its mind. No expert is on another device, so imbalance costs no time.",
     "**Experts.** {experts} experts of width {width} and 6 MB of Python's documentation and sources leave little to "
     "specialise in, which is where fine-grained experts and a shared one are said to pay.",
-    "**Padding, positions.** These rows are packed to the last slots, with under 1 % padding (`openmoe data show "
-    "quickstart`), and hold about two texts each; emptier rows, and longer ones, would show more.",
+    "**Padding.** These rows are packed to the last slots, with under 1 % padding (`openmoe data show quickstart`); "
+    "emptier ones would show more.",
     "**Tuning.** All have the baseline's learning rate and schedule, which may suit it better than others.",
     "**Speed.** Tokens/s are those of the machine as busy as it was, one run after the other, and on CPU say nothing "
     "about accelerators: dropless routing has other kernels there.",
@@ -60,7 +60,7 @@ def page(sections: Sequence[Section], folder: str) -> str:
         "# Improved mode: each switch, its reason, and what it did",
         "",
         "The presets of the original are its model, peculiarities included. Each switch departs from it in one",
-        "thing; `openmoe-next-*` have the best of them. `openmoe model ablate` trains a small model of the original's",
+        "thing; `openmoe-next-*` combine them. `openmoe model ablate` trains a small model of the original's",
         "kind and each variant of it, from several seeds, and writes this page. It keeps one file a run in",
         f"[`{folder}/`]({folder}) and trains only what is missing there or has other settings now; after a change to",
         "the model's code, remove the files that it makes wrong.",

@@ -134,10 +134,9 @@ def run(plan: Plan, folder: str, rows: Rows, show: ProgressReport) -> int:
         for seed in seeds:
             assert train_step is not None
 
-            def told(steps: int, loss: float, ended: int = ended, name: str = f"{name}-{seed}") -> None:
-                total = len(left) * plan.tokens
-                done_tokens = ended * plan.tokens + steps * ablation.STEP_TOKENS
-                show("ablate", done_tokens, total, "tokens", f"{name}: loss {loss:.3f}")
+            def told(steps: int, detail: str, before: int = ended * plan.tokens, name: str = f"{name}-{seed}") -> None:
+                done_tokens, total = before + steps * ablation.STEP_TOKENS, len(left) * plan.tokens
+                show("ablate", done_tokens, total, "tokens", f"{name}{detail}")
 
             trained = train(plan, config, mesh, train_step, rows, seed, told)
             outcome = outcome_of(plan, name, config, seed, rows.data_id, trained, mesh)
@@ -185,7 +184,7 @@ def train(
     train_step: Callable[[step.TrainState, step.Batch], tuple[step.TrainState, step.Metrics]],
     rows: Rows,
     seed: int,
-    told: Callable[[int, float], None],
+    told: Callable[[int, str], None],
 ) -> Trained:
     """Trains from a seed to the plan's last token.
 
@@ -196,24 +195,24 @@ def train(
       train_step: of the variant, for this mesh.
       rows: all that are read.
       seed: of the parameters and of the order of rows.
-      told: how many steps are done, and the last one's loss.
+      told: how many steps are done, and a word on the last one.
     """
     start_s = time.monotonic()
     state = step.init_state(config, OPTIMIZER, seed, mesh)
     metrics: list[dict[str, np.ndarray]] = []
     first_ended_s = start_s
-    told(0, math.nan)
+    told(0, "")
     running: step.Metrics | None = None
     for batch in _batches(rows, order_of(plan.num_steps * BATCH_ROWS, plan.judged_steps * BATCH_ROWS, seed), mesh):
         state, started = train_step(state, batch)
         if running is not None:  # waits for the step before this one, which stays in flight
             metrics.append(jax.device_get(running))
-            told(len(metrics), float(metrics[-1]["loss"]))
+            told(len(metrics), f": loss {metrics[-1]['loss']:.3f}")
             first_ended_s = first_ended_s if len(metrics) > 1 else time.monotonic()
         running = started
     metrics.append(jax.device_get(running))
     ended_s = time.monotonic()
-    told(len(metrics), float(metrics[-1]["loss"]))
+    told(len(metrics), f": loss {metrics[-1]['loss']:.3f}")
     return Trained(metrics, ended_s - start_s, ended_s - first_ended_s)
 
 

@@ -18,7 +18,7 @@ from openmoe.platform.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)
 
-TINY = replace(SCALES["small"], num_layers=2, d_model=16, head_dim=8, d_ff=24, num_experts=4)
+TINY = replace(SCALES["small"], num_layers=1, moe_every=1, d_model=16, head_dim=8, d_ff=24, num_experts=4)
 
 
 def plan_of(*, seeds=2, tokens=20_480, only=(), base=TINY):
