@@ -98,7 +98,7 @@ def unsharded(gradients_on):
     return gradients_on(1, 1)
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)])
 def test_losses_and_gradients_on_eight_devices_are_those_on_one(gradients_on, unsharded, shape):
     (grads, metrics), (wanted_grads, wanted_metrics) = gradients_on(*shape), unsharded
     for name, wanted in wanted_metrics.items():

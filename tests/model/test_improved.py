@@ -235,7 +235,7 @@ def test_appended_padding_takes_places_and_answers_nothing(mesh_of):
 def test_the_improved_model_trains_the_same_on_any_mesh(mesh_of):
     config = replace(
         PRESETS["openmoe-next-nano"],
-        num_layers=2,
+        num_layers=1,
         d_model=16,
         head_dim=8,
         d_ff=24,

@@ -9,7 +9,7 @@ import pytest
 from openmoe.model import sharding, step
 from openmoe.model.config import OptimizerConfig
 
-MESHES = [(1, 1), (1, 4), (2, 2), (4, 1)]
+MESHES = [(1, 1), (2, 2)]  # more of them, forward and backward, in test_collectives.py and test_execution.py
 OPTIMIZER = OptimizerConfig(warmup_steps=100)
 
 
@@ -76,7 +76,7 @@ def test_a_sharded_step_equals_the_unsharded_one(one_step_on, shape):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("shape", "exchanges"), [((1, 4), 8), ((2, 2), 8)])
+@pytest.mark.parametrize(("shape", "exchanges"), [((2, 2), 8)])
 def test_tokens_are_exchanged_twice_forward_and_twice_backward_a_layer(one_step_on, shape, exchanges):
     compiled = one_step_on(*shape)[0]
     assert len(re.findall(r"= .* all-to-all\(", compiled)) == exchanges
