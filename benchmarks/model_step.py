@@ -262,9 +262,7 @@ def report(shape: Shape, measured: list[Measured]) -> None:
     for (kind, dtype), ours in by_name.items():
         theirs = by_name.get((kind.replace("ours", "one-hot"), dtype))
         if kind.startswith("ours") and theirs is not None:
-            assert abs(ours.loss - theirs.loss) < (1e-5 if dtype == "float32" else 0.02) * ours.loss, (
-                "not the same model"
-            )
+            assert abs(ours.loss - theirs.loss) < 1e-5 * ours.loss, "not the same model"
             ratio = ours.tokens_per_s / theirs.tokens_per_s
             bound = theirs.flops_per_token / ours.flops_per_token
             print(f"  {kind:26} {dtype:9} {ratio:5.2f} of {bound:5.2f}: {ratio / bound:4.0%} of the bound")

@@ -54,7 +54,7 @@ class ModelConfig:
     """A decoder-only OpenMoE transformer, or its dense counterpart OpenLLaMA.
 
     Without the settings from `d_ff_expert` on, this is the model of the original code. Each of them departs from it in
-    one thing; docs/ablations.md says why, and what that changed.
+    one thing, for the reason given; `openmoe model ablate` measures what that changes.
 
     Attributes:
       num_layers: layers, MoE layers included.

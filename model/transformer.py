@@ -232,7 +232,7 @@ class MoELayer(nn.Module):
     """Attention, experts, and one more gated block that every token passes.
 
     The paper draws that block parallel to the experts; the code that trained the models runs it after them, with a norm
-    of its own. Zeroed padding reaches the router: it asks for experts 0 and 1 and takes places there.
+    of its own. Unless `route_padding` is off, zeroed padding asks for experts 0 and 1 and takes places there.
     """
 
     config: ModelConfig

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 
 import pytest
 
 from openmoe.clusters import local_ray
+from openmoe.model.config import PRESETS
 
 os.environ.update(local_ray.environment())
 # JAX in this process and, but for the devices, in those it starts: what one test compiled, the next one loads.
@@ -222,3 +224,29 @@ def browse(chromium):
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+@pytest.fixture(scope="session")
+def moe_config():
+    """The model of the golden files (their configs_dev.json): 64 tokens a group come from 8 x 32 over 4 experts."""
+    return replace(
+        PRESETS["openmoe-base"],
+        num_layers=4,
+        moe_every=2,
+        num_heads=4,
+        head_dim=16,
+        d_model=64,
+        d_ff=96,
+        num_experts=4,
+        vocab_size=512,
+        text_vocab_size=500,
+        group_size=64,
+        dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def dense_config(moe_config):
+    """Their dense model."""
+    changes = {"num_experts": 0, "moe_every": 0, "init_scale": 1.0, "normalize_loss": False}
+    return replace(moe_config, num_layers=2, text_vocab_size=512, **changes)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ if importlib.util.find_spec("torch") is None:
     collect_ignore_glob = ["test_*.py"]  # `make test-interop` installs it
 
 from openmoe.model import hf_checkpoint, sharding
-from openmoe.model.config import PRESETS
 from openmoe.model.interop import InMemory
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,39 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 SMALL = Path(__file__).parents[1] / "model" / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
 
-# As tests/model/conftest.py has them.
-MOE = replace(
-    PRESETS["openmoe-base"],
-    num_layers=4,
-    moe_every=2,
-    num_heads=4,
-    head_dim=16,
-    d_model=64,
-    d_ff=96,
-    num_experts=4,
-    vocab_size=512,
-    text_vocab_size=500,
-    group_size=64,
-    dtype="float32",
-)
-DENSE = replace(
-    MOE, num_layers=2, num_experts=0, moe_every=0, init_scale=1.0, normalize_loss=False, text_vocab_size=512
-)
-
-
-@pytest.fixture(scope="session")
-def dense_config():
-    return DENSE
-
 
 @pytest.fixture(scope="session")
 def mesh():
     return sharding.make_mesh(devices=jax.devices()[:1])
-
-
-@pytest.fixture(scope="session")
-def moe_config():
-    return MOE
 
 
 @pytest.fixture(scope="session")
@@ -81,10 +50,10 @@ def parameters(golden):
 
 
 @pytest.fixture(scope="session")
-def export(parameters, tmp_path_factory):
+def export(parameters, moe_config, tmp_path_factory):
     """The golden weights as openmoe writes them, in three files."""
     path = str(tmp_path_factory.mktemp("hf") / "golden")
-    hf_checkpoint.write(path, MOE, parameters, shard_bytes=800_000)
+    hf_checkpoint.write(path, moe_config, parameters, shard_bytes=800_000)
     assert len(list(Path(path).glob("*.safetensors"))) == 3, "several parts are wanted"
     return path
 

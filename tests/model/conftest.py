@@ -5,7 +5,6 @@ a test that wants fewer gives `make_mesh` the devices it wants.
 """
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,7 +13,6 @@ import pytest
 from flax import traverse_util
 
 from openmoe.model import sharding
-from openmoe.model.config import PRESETS
 
 jax.config.update("jax_num_cpu_devices", 8)
 # These tests compile much and compute little: LLVM's optimizations, which come after XLA's own, would double their
@@ -25,35 +23,6 @@ with pytest.MonkeyPatch.context() as patch:
 
 SMALL = Path(__file__).parent / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
-
-# configs_dev.json of the golden files: 64 tokens a group come from 8 x 32 tokens over 4 experts.
-MOE = replace(
-    PRESETS["openmoe-base"],
-    num_layers=4,
-    moe_every=2,
-    num_heads=4,
-    head_dim=16,
-    d_model=64,
-    d_ff=96,
-    num_experts=4,
-    vocab_size=512,
-    text_vocab_size=500,
-    group_size=64,
-    dtype="float32",
-)
-DENSE = replace(
-    MOE, num_layers=2, num_experts=0, moe_every=0, init_scale=1.0, normalize_loss=False, text_vocab_size=512
-)
-
-
-@pytest.fixture(scope="session")
-def moe_config():
-    return MOE
-
-
-@pytest.fixture(scope="session")
-def dense_config():
-    return DENSE
 
 
 @pytest.fixture(scope="session")
