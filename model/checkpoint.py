@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import Array
 
+from openmoe.model.interop import CheckpointError, each_once
 from openmoe.model.step import TrainState
 
 
@@ -23,8 +26,7 @@ class Checkpointer:
 
     def __init__(self, directory: str) -> None:
         """Opens a folder: a local path, absolute or relative, or gs://..."""
-        path = directory if "://" in directory else os.path.abspath(directory)  # noqa: PTH100, not for gs://
-        self._manager = ocp.CheckpointManager(path)
+        self._manager = ocp.CheckpointManager(_absolute(directory))
 
     def save(self, step: int, state: TrainState, loader_state: dict[str, Any]) -> None:
         """Copies the state off the devices and goes on writing in the background.
@@ -59,6 +61,68 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), loader=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["loader"]
+
+
+class StoredLeaf(NamedTuple):
+    """An array of a checkpoint, not read yet."""
+
+    folder: epath.Path  # of the state's arrays
+    keys: tuple[str, ...]  # from the state to it
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """Returns the whole array on the host, and reads nothing else.
+
+        Raises:
+          CheckpointError: its bytes are damaged.
+        """
+        item: Any = jax.ShapeDtypeStruct(
+            self.shape, np.float32
+        )  # of the type that it was stored in, whatever this says
+        how: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(self.keys):
+            item, how = {key: item}, {key: how}
+        wanted = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+        try:
+            leaf = ocp.PyTreeCheckpointHandler().restore(self.folder, args=wanted)
+        except (ValueError, OSError) as error:
+            name, reason = "/".join(self.keys), " ".join(str(error).split())[:300]
+            problem = f"{self.folder}: {name}: cannot be read: {reason}"
+            raise CheckpointError(f"{problem}; if it is damaged, copy the checkpoint once more") from error
+        for key in self.keys:
+            leaf = leaf[key]
+        return leaf
+
+
+def stored(path: str, template: TrainState) -> Any:
+    """Returns a state of `StoredLeaf`, having read the names and shapes of its arrays only.
+
+    Args:
+      path: of one step, local or gs://.
+      template: what has a shape (`step.state_shapes`).
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is of another model (UnknownArray, MissingArray, WrongShape).
+    """
+    folder = epath.Path(_absolute(path)) / "state"
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: no checkpoint of Orbax; give the path of one step, such as DIR/1000") from error
+    leaves = [(_keys(at), like.shape) for at, like in jax.tree.leaves_with_path(tree)]
+    found = {"/".join(keys): StoredLeaf(folder, keys, shape) for keys, shape in leaves}
+    wanted = {"/".join(_keys(at)): like for at, like in jax.tree.leaves_with_path(template)}
+    each_once(path, found, wanted, "choose the model and optimizer settings it was written with")
+    return jax.tree.map_with_path(lambda at, like: found["/".join(_keys(at))], template)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)  # noqa: PTH100, not for gs://
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the names along a path into a tree of dicts and named tuples."""
+    return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
 
 
 def checksum(state: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import fsspec
+import jax
 import numpy as np
 
 GS = "gs://"
@@ -64,10 +65,40 @@ class InMemory(NamedTuple):
 
     def read(self) -> np.ndarray:
         """Returns it on the host."""
-        return np.asarray(self.array)
+        # JAX keeps what it has copied to the host as long as the array; so it gets one that is gone right away.
+        return np.asarray(self.array.copy())
+
+
+class Zeros(NamedTuple):
+    """An array that is made when it is wanted."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self) -> np.ndarray:
+        """Returns it on the host."""
+        return np.zeros(self.shape, self.dtype)
 
 
 ReadableT = TypeVar("ReadableT", bound=Readable)
+
+
+def placed(state: Any, template: Any, report: Report = lambda *progress: None) -> Any:
+    """Reads a tree of `Readable` onto the devices where it will live, array by array.
+
+    Args:
+      state: the arrays.
+      template: the same tree of shapes, types and shardings; what is stored in another type is converted.
+      report: told after each array.
+    """
+    likes, places = jax.tree.flatten(template)
+    arrays = []
+    for like, readable in zip(likes, places.flatten_up_to(state), strict=True):
+        array = readable.read().astype(like.dtype, copy=False)
+        # Never the same array twice: a step gives all of them away.
+        arrays.append(jax.make_array_from_callback(array.shape, like.sharding, lambda index, array=array: array[index]))
+        report(len(arrays), len(likes))
+    return places.unflatten(arrays)
 
 
 def each_once(
@@ -138,5 +169,5 @@ def repeated(words: Iterable[str]) -> set[str]:
 
 def listed(names: Iterable[str]) -> str:
     """Returns the first name, parameters before moments, and how many more there are."""
-    first, *rest = sorted(names, key=lambda name: (name.startswith("state/"), name))
+    first, *rest = sorted(names, key=lambda name: (name.startswith(("state/", "opt_state/")), name))
     return f"{first} and {len(rest)} more" if rest else first

@@ -15,7 +15,6 @@ Arrays are read and written one by one: beside the state itself at most twice th
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,19 +27,20 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 from flax import serialization, traverse_util
-from jax import Array
 
 from openmoe.model.interop import (
     GS,
     CheckpointError,
     Dtype,
     DuplicateArray,
+    InMemory,
     MissingArray,
     Report,
     each_once,
     explained,
     files,
     listed,
+    placed,
     repeated,
     whole_or_absent,
 )
@@ -105,15 +105,22 @@ def restore(path: str, template: TrainState, report: Report = lambda *progress: 
       CheckpointError: it is not a whole checkpoint of such a state (UnknownArray, MissingArray, DuplicateArray,
         WrongShape), or it is damaged.
     """
-    wanted = arrays_by_name(template)
-    stored = stored_arrays(path, wanted)
-    placed: dict[str, Array] = {}
-    for name, like in wanted.items():
-        placed[name] = _placed(stored[name], like)
-        report(len(placed), len(wanted))
-    tree = traverse_util.unflatten_dict(placed, sep="/")
-    count = _placed(stored[STEP], template.opt_state.count)  # not the same array: a step gives both away
-    return TrainState(placed[STEP], tree["target"], AdafactorState(count, tree["state"]["param_states"]))
+    return placed(stored(path, template), template, report)
+
+
+def stored(path: str, template: TrainState) -> Any:
+    """Returns a state of `StoredArray`, having read the checkpoint's index only.
+
+    Args:
+      path: `.../checkpoint_<step>`, local or gs://.
+      template: what has a shape (`step.state_shapes`).
+
+    Raises:
+      CheckpointError: as in `restore`.
+    """
+    tree = traverse_util.unflatten_dict(dict(stored_arrays(path, arrays_by_name(template))), sep="/")
+    step, moments = tree["state"]["step"], tree["state"]["param_states"]
+    return TrainState(step, tree["target"], AdafactorState(step, moments))
 
 
 def save(folder: str, state: TrainState, *, dtype: Dtype = "float32", report: Report = lambda *progress: None) -> str:
@@ -131,10 +138,16 @@ def save(folder: str, state: TrainState, *, dtype: Dtype = "float32", report: Re
     Raises:
       CheckpointError: there is a checkpoint of this step already, it cannot be written, or T5X cannot express it.
     """
-    if state.step != (updates := state.opt_state.count):
-        problem = f"step {state.step} with {updates} updates of the optimizer: T5X has one number for both"
+    return write_state(folder, jax.tree.map(InMemory, state), dtype=dtype, report=report)
+
+
+def write_state(folder: str, state: Any, *, dtype: Dtype = "float32", report: Report = lambda *progress: None) -> str:
+    """As `save`, of a state of `Readable`, which are read one after the other."""
+    step, updates = int(state.step.read()), int(state.opt_state.count.read())
+    if step != updates:
+        problem = f"step {step} with {updates} updates of the optimizer: T5X has one number for both"
         raise CheckpointError(f"{folder}: cannot be written: {problem}; make them equal")
-    arrays = {name: functools.partial(_on_host, array) for name, array in arrays_by_name(state).items()}
+    arrays = {name: array.read for name, array in arrays_by_name(state).items()}
     return write(folder, arrays, dtype=dtype, report=report)
 
 
@@ -281,17 +294,6 @@ def _write_index(directory: str, leaves: Mapping[str, Any]) -> None:
 def _reason(error: Exception) -> str:
     """The first line of an error, without TensorStore's account of what it was doing."""
     return re.sub(r" \[(tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL).partition("\n")[0]
-
-
-def _placed(stored: StoredArray, like: jax.ShapeDtypeStruct) -> Array:
-    """Reads an array onto the devices where it will live."""
-    array = stored.read().astype(like.dtype, copy=False)
-    return jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
-
-
-def _on_host(array: Array) -> np.ndarray:
-    # JAX keeps what it has copied to the host as long as the array; so it gets one that is gone right away.
-    return np.asarray(array.copy())
 
 
 def _leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -1,3 +1,9 @@
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +11,7 @@ import pytest
 from openmoe.model import checkpoint, step
 from openmoe.model.checkpoint import Checkpointer
 from openmoe.model.config import OptimizerConfig
+from openmoe.model.interop import CheckpointError, MissingArray, UnknownArray, WrongShape
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +73,81 @@ def test_checksum_sees_every_single_bit(state):
     assert checkpoint.checksum({"a": leaf[::-1].copy()}) != digest
     assert checkpoint.checksum({"b": leaf}) != digest
     assert checkpoint.checksum({"a": leaf.reshape(3, 2)}) != digest
+
+
+def leaves(stored):
+    return jax.tree.leaves(stored, is_leaf=lambda leaf: isinstance(leaf, checkpoint.StoredLeaf))
+
+
+@pytest.fixture
+def stored(saved, moe_config, mesh_of):
+    return checkpoint.stored(str(saved / "7"), step.state_shapes(moe_config, OptimizerConfig(), mesh_of(1, 1)))
+
+
+def test_every_array_can_be_read_by_itself(stored, state):
+    for array, wanted in zip(leaves(stored), jax.tree.leaves(state), strict=True):
+        assert array.shape == wanted.shape
+        read = array.read()
+        np.testing.assert_array_equal(read, wanted)
+        assert read.dtype == wanted.dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"num_layers": 2}, UnknownArray, "params/decoder/layers_2/mlp/wi_0/kernel and 48 more: there is"),
+        ({"num_layers": 8}, MissingArray, "params/decoder/layers_4/mlp/wi_0/kernel and 97 more: missing"),
+        ({"d_ff": 128}, WrongShape, "params/decoder/layers_0/mlp/wi_0/kernel: has shape (64, 192), in"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_named_before_anything_is_read(
+    saved, moe_config, mesh_of, changes, kind, message
+):
+    template = step.state_shapes(replace(moe_config, **changes), OptimizerConfig(), mesh_of(1, 1))
+    with pytest.raises(kind) as raised:
+        checkpoint.stored(str(saved / "7"), template)
+    assert message in str(raised.value)
+
+
+def test_a_damaged_array_is_one_line(saved, moe_config, mesh_of, tmp_path):
+    shutil.copytree(saved / "7", tmp_path / "7")
+    data = max((tmp_path / "7" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(b"\0" * data.stat().st_size)
+    stored = checkpoint.stored(str(tmp_path / "7"), step.state_shapes(moe_config, OptimizerConfig(), mesh_of(1, 1)))
+    with pytest.raises(CheckpointError, match="cannot be read") as raised:
+        for array in leaves(stored):
+            array.read()
+    assert "\n" not in str(raised.value)
+
+
+STREAM = """
+import sys
+from pathlib import Path
+import jax, numpy as np, orbax.checkpoint as ocp
+from openmoe.model import checkpoint
+
+path, template = sys.argv[1], {str(i): jax.ShapeDtypeStruct((40, 2**18), np.float32) for i in range(3)}
+arrays = {name: np.random.default_rng(int(name)).standard_normal(like.shape, np.float32) for name, like in template.items()}
+manager = ocp.CheckpointManager(path)
+manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)))
+manager.wait_until_finished()
+del arrays
+stored = checkpoint.stored(path + "/0", template)
+
+def peak_bytes():
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in l).split()[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")
+start = peak_bytes()
+for array in stored.values():
+    array.read().sum()
+print(peak_bytes() - start)
+"""
+
+
+def test_reading_array_by_array_takes_at_most_twice_the_largest(needs, tmp_path):
+    needs(os.access("/proc/self/clear_refs", os.W_OK), "Linux: /proc, to measure peak memory")
+    command, environment = [sys.executable, "-c", STREAM, str(tmp_path)], os.environ | {"MALLOC_ARENA_MAX": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    largest = 40 * 2**18 * 4
+    assert 0.9 * largest < int(result.stdout) < 2 * largest + 2**23
