@@ -22,7 +22,7 @@ shown openmoe cluster up local
 openmoe controller run >"$folder/controller.log" 2>&1 &
 controller=$!
 shown openmoe submit twin "run_dir=$folder/run" "data_dir=$folder/data" "sample_corpus=$folder/corpus" \
-  train.steps=60 train.checkpoint_every_steps=10 --cluster local
+  train.steps=40 train.checkpoint_every_steps=5 --cluster local
 id=$(openmoe jobs list --json | python -c "import json, sys; print(json.load(sys.stdin)[0]['id'])")
 
 openmoe jobs logs -f "$id" &

@@ -114,10 +114,14 @@ def test_a_damaged_array_is_one_line(saved, moe_config, mesh_of, tmp_path):
     data = max((tmp_path / "7" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(b"\0" * data.stat().st_size)
     stored = checkpoint.stored(str(tmp_path / "7"), step.state_shapes(moe_config, OptimizerConfig(), mesh_of(1, 1)))
-    with pytest.raises(CheckpointError, match="cannot be read") as raised:
-        for array in leaves(stored):
+    complaints = []
+    for array in leaves(stored):
+        try:
             array.read()
-    assert "\n" not in str(raised.value)
+        except CheckpointError as error:
+            complaints.append(str(error))
+    assert complaints, "one of the arrays lies in the file that was overwritten"
+    assert all("cannot be read" in line and "\n" not in line for line in complaints)
 
 
 STREAM = """
@@ -127,7 +131,7 @@ import jax, numpy as np, orbax.checkpoint as ocp
 from openmoe.model import checkpoint
 
 path, template = sys.argv[1], {str(i): jax.ShapeDtypeStruct((40, 2**18), np.float32) for i in range(3)}
-arrays = {name: np.random.default_rng(int(name)).standard_normal(like.shape, np.float32) for name, like in template.items()}
+arrays = {name: np.random.default_rng(0).standard_normal(like.shape, np.float32) for name, like in template.items()}
 manager = ocp.CheckpointManager(path)
 manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)))
 manager.wait_until_finished()
