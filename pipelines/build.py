@@ -85,9 +85,10 @@ def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> No
 def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace) -> Manifest:
     """Tokenizes what is not in the token cache, once and for all passes; see `build`."""
     text = tokenizer.load(config.tokenizer)
+    config, missing = _present(config, place.say)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
     everything = [unit for source in config.sources for unit in units[source.name]]
-    path = manifests.manifest_path(data_dir, config, text, everything)
+    path = manifests.manifest_path(data_dir, config, text, everything, missing)
     if storage.exists(path):
         return manifests.load(path)
     folder = storage.join(data_dir, "tokens")
@@ -95,9 +96,28 @@ def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace
     by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
     for source in config.sources:
         _check(source, by_source[source.name])
-    manifest = manifests.assemble(path, config, text, by_source)
+    manifest = manifests.assemble(path, config, text, by_source, missing=missing)
     manifests.commit(manifest)
     return manifest
+
+
+def _present(config: DataConfig, say: Callable[[str], None]) -> tuple[DataConfig, list[str]]:
+    """Returns the configuration without the sources that are missing and may be, and their names."""
+    may_be = [source for source in config.sources if source.missing == "renormalize"]
+    missing = [source.name for source in may_be if not sources.find(source)]
+    if not missing:
+        return config, []
+    try:
+        left = config.without(missing)
+    except ValueError as error:
+        raise DataError(f"sources: {', '.join(missing)} is missing, and without it: {error}") from error
+    for number, weights in enumerate(left.weights_by_stage(), 1):
+        shares = ", ".join(
+            f"{source.name} {weight / sum(weights):.2%}" for source, weight in zip(left.sources, weights, strict=True)
+        )
+        stage = f" in stage {number}" if left.stages else ""
+        say(f"MISSING SOURCE {', '.join(missing)}: no file matches; the others take its rows{stage}: {shares}")
+    return left, missing
 
 
 def _tokenize(units: list[Unit], uri: str, folder: str, report: Report, place: Workplace) -> dict[str, dict[str, Any]]:
@@ -126,7 +146,7 @@ def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
         sample = worst["bad_samples"][0]
         raise DataError(
             f"sources.{source.name}: {bad} of {good + bad} documents are unusable, max_bad_share allows "
-            f"{source.max_bad_share:g}; first in {worst['path']} at {sample['offset']}: {sample['reason']}; "
+            f"{source.max_bad_share:g}; first in {sample['path']} at {sample['offset']}: {sample['reason']}; "
             "mend the file or raise max_bad_share"
         )
     if not good:

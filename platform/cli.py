@@ -237,8 +237,9 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "loss",
         "denoisers",
     )
-    for data_id, sources in summaries.items():
-        tables.show(f"data {data_id}", columns, [_source_row(source) for source in sources])
+    for manifest, sources in zip(found, summaries.values(), strict=True):
+        without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
+        tables.show(f"data {manifest.data_id}{without}", columns, [_source_row(source) for source in sources])
 
 
 def _source_row(source: "SourceSummary") -> tuple[str, ...]:

@@ -55,6 +55,11 @@ def builds(config: DataConfig, data_dir: str) -> list[Manifest]:
 def _matches(manifest: Manifest, config: DataConfig) -> bool:
     fields = ("tokenizer", "seq_len", "objective", "seed", "group_tokens")
     same = all(getattr(manifest, field) == getattr(config, field) for field in fields)
+    if manifest.missing:
+        may_be = {source.name for source in config.sources if source.missing == "renormalize"}
+        if not may_be.issuperset(manifest.missing) or len(manifest.missing) == len(config.sources):
+            return False
+        config = config.without(manifest.missing)
     mixture = [(source.name, source.weight) for source in config.sources]
     built = [(source.name, source.weight) for source in manifest.sources]
     return same and built == mixture and manifest.stages == manifests.stages_of(config)

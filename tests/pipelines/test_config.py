@@ -13,7 +13,9 @@ DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources":
     ("change", "message"),
     [
         ({"name": "C4 en"}, "name: lower-case letters, digits, _ and - wanted, got 'C4 en'"),
-        ({"format": "csv"}, "format: redpajama or the_stack, got 'csv'"),
+        ({"format": "csv"}, "format: redpajama, the_stack or text, got 'csv'"),
+        ({"missing": "ignore"}, "missing: stop or renormalize, got 'ignore'"),
+        ({"max_document_bytes": 0}, r"max_document_bytes: must be in \[1, 2\^31\), got 0"),
         ({"paths": ()}, r"paths: at least one non-empty glob wanted, got \[\]"),
         ({"weight": 0.0}, r"weight: must be above 0, got 0\.0; leave the source out instead"),
         ({"weight": float("nan")}, "weight: must be above 0, got nan"),
