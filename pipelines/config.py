@@ -96,6 +96,9 @@ class DataConfig:
       seed: keys every permutation and every noise mask.
       sources: what is mixed.
       stages: mixtures that follow one another; without them the sources' weights hold for the whole run.
+      dedup: `exact` leaves out a document that was there before, byte for byte, in any source; the first stays, in
+        the order of `sources`, files and lines.
+      validation_share: share of the documents, chosen by their hash, that are kept apart and never trained on.
       unit_bytes: input bytes that one work unit tokenizes; compressed files stay whole.
       group_tokens: tokens that are shuffled and packed together; one shard file each.
     """
@@ -109,6 +112,8 @@ class DataConfig:
     seed: int
     sources: tuple[SourceConfig, ...]
     stages: tuple[StageConfig, ...] = ()
+    dedup: Literal["none", "exact"] = "none"
+    validation_share: float = 0.0
     unit_bytes: int = 64 * 2**20
     group_tokens: int = 16 * 2**20
 
@@ -125,6 +130,10 @@ class DataConfig:
         for field in ("unit_bytes", "group_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if self.dedup not in ("none", "exact"):
+            raise ValueError(f"dedup: none or exact, got {self.dedup!r}")
+        if not 0 <= self.validation_share <= 0.5:
+            raise ValueError(f"validation_share: must be in [0, 0.5], got {self.validation_share}")
         self._check_sources()
         self._check_stages()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from openmoe.pipelines import shards, storage, ul2
+from openmoe.pipelines import selection, shards, storage, ul2
 from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataConfig, DataError
 from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.permute import Permutation
@@ -37,7 +37,7 @@ class SourceManifest:
     Attributes:
       name: as in the run file.
       weight: share of rows, relative to the other sources'; None where the build has stages.
-      units: receipts of the tokenized units, in the order of their files.
+      units: receipts of the tokenized units, in the order of their files; `split` says what is trained on of each.
       passes: folder of its passes, below the data directory.
     """
 
@@ -57,6 +57,7 @@ class Manifest:
       tokenizer: as in the run file.
       stages: none when the sources' weights hold throughout.
       missing: sources of the run file that had no file, and whose rows the others took as it says.
+      dedup: as in the run file, like the next.
     """
 
     path: str
@@ -71,6 +72,8 @@ class Manifest:
     sources: list[SourceManifest]
     stages: tuple[Stage, ...] = ()
     missing: tuple[str, ...] = ()
+    dedup: str = "none"
+    validation_share: float = 0.0
 
     @property
     def mixture(self) -> Mixture:
@@ -93,11 +96,13 @@ class Manifest:
         groups: list[list[int]] = [[]]
         held = 0
         for unit in Permutation(len(units), "units", self.seed, name, number)(np.arange(len(units))).tolist():
+            if "split" in units[unit] and not selection.trained_tokens(units[unit]):
+                continue
             if held >= self.group_tokens:
                 groups.append([])
                 held = 0
             groups[-1].append(unit)
-            held += units[unit]["tokens"]
+            held += selection.trained_tokens(units[unit])
         return groups
 
 
@@ -112,7 +117,7 @@ def manifest_path(
 
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Returns all settings, but those that are as if there was no such choice: older builds keep their names."""
-    added = {"stages": ()}
+    added = {"stages": (), "dedup": "none", "validation_share": 0}
     added_to_source = {"missing": "stop", "max_document_bytes": MAX_DOCUMENT_BYTES}
     settings = asdict(config)
     for source in settings["sources"]:
@@ -144,6 +149,8 @@ def assemble(
     for source in config.sources:
         units = receipts[source.name]
         identity = [*recipe, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
+        if splits := [unit["split"]["sha256"] for unit in units if "split" in unit]:
+            identity.append({"splits": splits})
         identities.append([*identity, source.weight])  # None with stages, which follow
         folder = f"passes/{source.name}-{_digest([*identity, *_formats()])[:16]}"
         sources.append(SourceManifest(name=source.name, weight=source.weight, units=units, passes=folder))
@@ -161,6 +168,8 @@ def assemble(
         sources=sources,
         stages=stages,
         missing=tuple(missing),
+        dedup=config.dedup,
+        validation_share=config.validation_share,
     )
 
 
@@ -174,8 +183,9 @@ def commit(manifest: Manifest) -> None:
     """Writes a manifest; one that is there already is the same."""
     fields = {**asdict(manifest), "vocabulary": manifest.vocabulary._asdict()}
     del fields["path"]
-    if not manifest.missing:
-        del fields["missing"]
+    for name, default in {"missing": (), "dedup": "none", "validation_share": 0}.items():
+        if fields[name] == default:  # as in builds from before there was a choice
+            del fields[name]
     storage.create_if_absent(manifest.path, json.dumps(fields, indent=1).encode())
 
 

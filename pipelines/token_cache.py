@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openmoe.pipelines import sources, storage
-from openmoe.pipelines.config import DataError
 from openmoe.pipelines.sources import BadLine, Document, Unit
 from openmoe.pipelines.tokenizer import Tokenizer
 
@@ -70,13 +69,29 @@ def tokenize(unit: Unit, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
 
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
     """Returns the documents of a tokenized unit, whose file must have the receipt's digest."""
-    path = storage.join(folder, f"{name}.parquet")
-    content = storage.read_bytes(path)
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path}: damaged, it does not match its receipt; delete both and build again")
-    column = pq.read_table(io.BytesIO(content), columns=["tokens"]).column(0).combine_chunks()
+    [column] = _columns(folder, name, sha256, ["tokens"])
     values = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(values.astype(np.uint32, copy=False), np.diff(column.offsets.to_numpy()).astype(np.int64))
+
+
+def documents(folder: str, name: str, *, sha256: str) -> Documents:
+    """Returns hashes and lengths of the documents of a tokenized unit, whose file must have the receipt's digest."""
+    hashes, tokens = _columns(folder, name, sha256, ["hash", "tokens"])
+    halves = np.frombuffer(b"".join(hashes.to_pylist()), "<u8").reshape(-1, 2)
+    return Documents(halves, np.diff(tokens.offsets.to_numpy()).astype(np.int64))
+
+
+def _columns(folder: str, name: str, sha256: str, columns: list[str]) -> list[Any]:
+    content = storage.read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+    table = pq.read_table(io.BytesIO(content), columns=columns)
+    return [table.column(column).combine_chunks() for column in columns]
+
+
+class Documents(NamedTuple):
+    """What tells the documents of a unit apart."""
+
+    hashes: np.ndarray  # uint64[documents, 2]
+    lengths: np.ndarray  # int64[documents], tokens
 
 
 class _Table:

@@ -9,7 +9,7 @@ import pytest
 
 from openmoe.pipelines import build as builder
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import shards, stdlib_corpus, storage, token_cache
+from openmoe.pipelines import selection, shards, stdlib_corpus, storage, token_cache
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
@@ -242,6 +242,25 @@ def test_bad_lines_within_the_limit_are_counted_and_kept_aside(ray_local, tmp_pa
     kept = next((tmp_path / "data/tokens").glob("*.bad.jsonl")).read_text()
     path = str(tmp_path / "bad.jsonl")
     assert json.loads(kept) == {"path": path, "offset": 207, "reason": "bad_json", "line": "{broken"}
+
+
+def test_duplicates_and_validation_are_taken_out_over_the_same_token_cache(ray_local, built, copied, corpus, tmp_path):
+    base = config(corpus, dedup="exact", validation_share=0.1)
+    again = replace(base.sources[0], name="again", paths=(f"{corpus}/wikipedia/*.jsonl", f"{corpus}/c4/*.jsonl"))
+    asked, reports = replace(base, sources=(*base.sources, again)), []
+    chosen = builder.build(asked, str(copied), min_rows=20, report=lambda *args: reports.append(args[0]))
+    assert list(dict.fromkeys(reports)) == ["tokenize", "sort", "unite", "split", "pack"]
+    first, *_, last = chosen.sources
+    left_out = [sum(selection.count(unit, part) for unit in last.units) for part in ("validation", "duplicate")]
+    assert left_out[1] >= sum(unit["documents"] for unit in first.units)
+    assert sum(selection.count(unit, "validation") for unit in first.units) > 0
+    assert loader_of(chosen, tmp_path).num_rows >= 20
+    same = builder.build(asked, str(tmp_path / "new"), min_rows=20, place=builder.Workplace(num_workers=1))
+    assert tree(tmp_path / "new" / "selections") == tree(copied / "selections")
+    assert loader_of(same, tmp_path).records(0, 20) == loader_of(chosen, tmp_path).records(0, 20)
+    twice = replace(again, paths=again.paths[:1])
+    with pytest.raises(DataError, match=r"sources\.again: of its documents \d+ were there before, and 0 are for valid"):
+        builder.build(replace(base, sources=(*base.sources, twice)), str(copied), min_rows=20)
 
 
 def test_a_missing_source_is_renormalized_away_only_when_the_run_file_says_so(built, copied, corpus, tmp_path):

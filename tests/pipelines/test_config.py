@@ -33,6 +33,8 @@ def test_a_source_that_makes_no_sense_is_refused(change, message):
         ({"objective": "t5"}, "objective: ul2, got 't5'"),
         ({"seq_len": 63}, r"seq_len: must be in \[64, 32768\], got 63"),
         ({"seq_len": 2048, "num_sentinels": 255}, "num_sentinels: 2048 tokens can hold 256 masked spans, each"),
+        ({"dedup": "minhash"}, "dedup: none or exact, got 'minhash'"),
+        ({"validation_share": 0.6}, r"validation_share: must be in \[0, 0\.5\], got 0\.6"),
         ({"unit_bytes": 0}, "unit_bytes: must be at least 1, got 0"),
         ({"sources": ()}, "sources: at least one is needed, got none"),
         ({"sources": (SourceConfig(**SOURCE),) * 2}, r"sources: names must differ, got \['c4', 'c4'\]"),
