@@ -12,18 +12,19 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import passes, sources, storage, token_cache, tokenizer
+from openmoe.pipelines import passes, selection, sources, storage, token_cache, tokenizer
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.passes import Passes
 from openmoe.pipelines.sources import Unit
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
+Receipts = dict[str, list[dict[str, Any]]]  # by source, in the order of its units
 Work = Callable[[dict[str, str]], dict[str, str]]
 
 # A task gets a CPU within this time, or the cluster counts as occupied.
@@ -85,36 +86,89 @@ def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> No
 def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace) -> Manifest:
     """Tokenizes what is not in the token cache, once and for all passes; see `build`."""
     text = tokenizer.load(config.tokenizer)
+    config, missing = _present(config, place.say)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
     everything = [unit for source in config.sources for unit in units[source.name]]
-    path = manifests.manifest_path(data_dir, config, text, everything)
+    path = manifests.manifest_path(data_dir, config, text, everything, missing)
     if storage.exists(path):
         return manifests.load(path)
-    folder = storage.join(data_dir, "tokens")
-    receipts = _tokenize(everything, config.tokenizer, folder, report, place)
+    receipts = _tokenize(everything, config.tokenizer, storage.join(data_dir, "tokens"), report, place)
     by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
     for source in config.sources:
         _check(source, by_source[source.name])
-    manifest = manifests.assemble(path, config, text, by_source)
+    by_source = _select(config, data_dir, by_source, report, place)
+    manifest = manifests.assemble(path, config, text, by_source, missing=missing)
     manifests.commit(manifest)
     return manifest
+
+
+def _present(config: DataConfig, say: Callable[[str], None]) -> tuple[DataConfig, list[str]]:
+    """Returns the configuration without the sources that are missing and may be, and their names."""
+    may_be = [source for source in config.sources if source.missing == "renormalize"]
+    missing = [source.name for source in may_be if not sources.find(source)]
+    if not missing:
+        return config, []
+    try:
+        left = config.without(missing)
+    except ValueError as error:
+        raise DataError(f"sources: {', '.join(missing)} is missing, and without it: {error}") from error
+    for number, weights in enumerate(left.weights_by_stage(), 1):
+        shares = ", ".join(
+            f"{source.name} {weight / sum(weights):.2%}" for source, weight in zip(left.sources, weights, strict=True)
+        )
+        stage = f" in stage {number}" if left.stages else ""
+        say(f"MISSING SOURCE {', '.join(missing)}: no file matches; the others take its rows{stage}: {shares}")
+    return left, missing
 
 
 def _tokenize(units: list[Unit], uri: str, folder: str, report: Report, place: Workplace) -> dict[str, dict[str, Any]]:
     """Returns the receipts of all units by key, tokenizing those that have none."""
     keyed = {token_cache.key(unit, tokenizer.load(uri)): unit for unit in units}
-    present = set(storage.list_files(folder))
-    receipts = {
-        key: json.loads(storage.read_bytes(storage.join(folder, f"{key}.json")))
-        for key in keyed
-        if f"{key}.json" in present
-    }
-    missing = [unit for key, unit in keyed.items() if key not in receipts]
-    tasks = [{"unit": asdict(unit), "uri": uri, "folder": folder} for unit in missing]
-    for receipt in _run(_tokenize_task, tasks, TOKENIZE_STUCK_S, place):
+    tasks = {key: {"unit": asdict(unit), "uri": uri, "folder": folder} for key, unit in keyed.items()}
+    receipts = _committed(folder, tasks)
+    missing = [task for key, task in tasks.items() if key not in receipts]
+    for receipt in _run(_tokenize_task, missing, TOKENIZE_STUCK_S, place):
         receipts[receipt["key"]] = receipt
         report("tokenize", len(receipts), len(keyed), "units")
     return receipts
+
+
+def _committed(folder: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns the receipts that a folder has, by key."""
+    present = set(storage.list_files(folder))
+    done = [key for key in keys if f"{key}.json" in present]
+    return {key: json.loads(storage.read_bytes(storage.join(folder, f"{key}.json"))) for key in done}
+
+
+def _select(config: DataConfig, data_dir: str, receipts: Receipts, report: Report, place: Workplace) -> Receipts:
+    """Returns the receipts of tokenized units, by source, with what is trained on of each."""
+    if config.dedup == "none" and not config.validation_share:
+        return receipts
+    everything = [receipt for source in config.sources for receipt in receipts[source.name]]
+    dedup = config.dedup == "exact"
+    plan = selection.plan(data_dir, everything, dedup=dedup, validation_share=config.validation_share)
+    selection.write_plan(plan)
+    splits: dict[str, Any] = {}
+    for kind, names in selection.stages(plan):
+        done = _committed(plan.folder, names)
+        tasks = [{"folder": plan.folder, "name": name} for name in names if name not in done]
+        for receipt in _run(_select_task, tasks, PACK_STUCK_S, place):
+            done[receipt["key"]] = receipt
+            report(kind, len(done), len(names), "tasks")
+        splits = {key: split for receipt in done.values() for key, split in receipt.get("units", {}).items()}
+    _check_left(receipts, splits)
+    return {name: [{**unit, "split": splits[unit["key"]]} for unit in units] for name, units in receipts.items()}
+
+
+def _check_left(receipts: Receipts, splits: dict[str, Any]) -> None:
+    """Raises DataError when nothing of a source is left to train on."""
+    for name, units in receipts.items():
+        counts = {part: sum(splits[u["key"]][part]["documents"] for u in units) for part in selection.PARTS}
+        if not counts["train"]:
+            raise DataError(
+                f"sources.{name}: of its documents {counts['duplicate']} were there before, and "
+                f"{counts['validation']} are for validation: none is left to train on; leave the source out"
+            )
 
 
 def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
@@ -126,7 +180,7 @@ def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
         sample = worst["bad_samples"][0]
         raise DataError(
             f"sources.{source.name}: {bad} of {good + bad} documents are unusable, max_bad_share allows "
-            f"{source.max_bad_share:g}; first in {worst['path']} at {sample['offset']}: {sample['reason']}; "
+            f"{source.max_bad_share:g}; first in {sample['path']} at {sample['offset']}: {sample['reason']}; "
             "mend the file or raise max_bad_share"
         )
     if not good:
@@ -165,6 +219,12 @@ def _tokenize_task(row: dict[str, str]) -> dict[str, str]:
     task = json.loads(row["task"])
     unit, text = Unit(**task["unit"]), tokenizer.load(task["uri"])
     return _answer(row, lambda: token_cache.tokenize(unit, text, task["folder"]))
+
+
+def _select_task(row: dict[str, str]) -> dict[str, str]:
+    """Ray task: a step of the selection to its receipt."""
+    task = json.loads(row["task"])
+    return _answer(row, lambda: selection.run(selection.read_plan(task["folder"]), task["name"]))
 
 
 def _pack_task(row: dict[str, str]) -> dict[str, str]:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 # The mixture is exact in every block of this many rows; OpenMoE's weights come out whole in it.
 BLOCK_ROWS = 2000
+
+# A line or file above this is left out as too long; books reach tens of MB.
+MAX_DOCUMENT_BYTES = 128 * 2**20
+
+FORMATS = ("redpajama", "the_stack", "text")
 
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -26,31 +31,40 @@ class SourceConfig:
     Attributes:
       name: lower-case letters, digits, `_` and `-`; keys the source's randomness, so renaming reshuffles it.
       format: `redpajama` reads field `text` of .jsonl, .jsonl.zst and .jsonl.gz lines; `the_stack` reads
-        column `content` of Parquet.
+        column `content` of Parquet; `text` takes every .txt, .txt.zst or .txt.gz file for one document.
       paths: globs, local or gs://; every one must match at least one file.
       weight: share of the mixture's rows, relative to the other sources' weights; left out where `stages` say it.
       max_bad_share: the build stops when more than this share of the source's documents is unusable.
+      missing: what happens when no path matches any file: the build stops, or goes on without the source, whose
+        share the others take in proportion.
+      max_document_bytes: a longer line, row or file (uncompressed) is left out and counted as too long.
     """
 
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
 
     name: str
-    format: Literal["redpajama", "the_stack"]
+    format: Literal["redpajama", "the_stack", "text"]
     paths: tuple[str, ...]
     weight: float | None = None
     max_bad_share: float = 0.01
+    missing: Literal["stop", "renormalize"] = "stop"
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
 
     def __post_init__(self) -> None:
         if not _SOURCE_NAME.fullmatch(self.name):
             raise ValueError(f"name: lower-case letters, digits, _ and - wanted, got {self.name!r}")
-        if self.format not in ("redpajama", "the_stack"):
-            raise ValueError(f"format: redpajama or the_stack, got {self.format!r}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format: redpajama, the_stack or text, got {self.format!r}")
         if not self.paths or not all(self.paths):
             raise ValueError(f"paths: at least one non-empty glob wanted, got {list(self.paths)}")
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"weight: must be above 0, got {self.weight}; leave the source out instead")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share: must be in [0, 1], got {self.max_bad_share}")
+        if self.missing not in ("stop", "renormalize"):
+            raise ValueError(f"missing: stop or renormalize, got {self.missing!r}")
+        if not 1 <= self.max_document_bytes < 2**31:
+            raise ValueError(f"max_document_bytes: must be in [1, 2^31), got {self.max_document_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +96,9 @@ class DataConfig:
       seed: keys every permutation and every noise mask.
       sources: what is mixed.
       stages: mixtures that follow one another; without them the sources' weights hold for the whole run.
+      dedup: `exact` leaves out a document that was there before, byte for byte, in any source; the first stays, in
+        the order of `sources`, files and lines.
+      validation_share: share of the documents, chosen by their hash, that are kept apart and never trained on.
       unit_bytes: input bytes that one work unit tokenizes; compressed files stay whole.
       group_tokens: tokens that are shuffled and packed together; one shard file each.
     """
@@ -95,6 +112,8 @@ class DataConfig:
     seed: int
     sources: tuple[SourceConfig, ...]
     stages: tuple[StageConfig, ...] = ()
+    dedup: Literal["none", "exact"] = "none"
+    validation_share: float = 0.0
     unit_bytes: int = 64 * 2**20
     group_tokens: int = 16 * 2**20
 
@@ -111,6 +130,10 @@ class DataConfig:
         for field in ("unit_bytes", "group_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, got {getattr(self, field)}")
+        if self.dedup not in ("none", "exact"):
+            raise ValueError(f"dedup: none or exact, got {self.dedup!r}")
+        if not 0 <= self.validation_share <= 0.5:
+            raise ValueError(f"validation_share: must be in [0, 0.5], got {self.validation_share}")
         self._check_sources()
         self._check_stages()
 
@@ -119,6 +142,15 @@ class DataConfig:
         if not self.stages:
             return [tuple(source.weight or 0 for source in self.sources)]
         return [tuple(stage.weights.get(source.name, 0) for source in self.sources) for stage in self.stages]
+
+    def without(self, names: Collection[str]) -> DataConfig:
+        """Returns the configuration without these sources; raises ValueError when a stage then reads nothing."""
+        stages = tuple(
+            replace(stage, weights={name: weight for name, weight in stage.weights.items() if name not in names})
+            for stage in self.stages
+        )
+        sources = tuple(source for source in self.sources if source.name not in names)
+        return replace(self, sources=sources, stages=stages)
 
     def _check_sources(self) -> None:
         names = [source.name for source in self.sources]

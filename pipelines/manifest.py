@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
-from openmoe.pipelines import shards, storage, ul2
-from openmoe.pipelines.config import DataConfig, DataError
+from openmoe.pipelines import selection, shards, storage, ul2
+from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataConfig, DataError
 from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.permute import Permutation
 from openmoe.pipelines.sources import Unit
@@ -36,7 +37,7 @@ class SourceManifest:
     Attributes:
       name: as in the run file.
       weight: share of rows, relative to the other sources'; None where the build has stages.
-      units: receipts of the tokenized units, in the order of their files.
+      units: receipts of the tokenized units, in the order of their files; `split` says what is trained on of each.
       passes: folder of its passes, below the data directory.
     """
 
@@ -55,6 +56,8 @@ class Manifest:
       data_id: identifies the rows; depends on the documents' tokens and the recipe, not on paths.
       tokenizer: as in the run file.
       stages: none when the sources' weights hold throughout.
+      missing: sources of the run file that had no file, and whose rows the others took as it says.
+      dedup: as in the run file, like the next.
     """
 
     path: str
@@ -68,6 +71,9 @@ class Manifest:
     group_tokens: int
     sources: list[SourceManifest]
     stages: tuple[Stage, ...] = ()
+    missing: tuple[str, ...] = ()
+    dedup: str = "none"
+    validation_share: float = 0.0
 
     @property
     def mixture(self) -> Mixture:
@@ -90,34 +96,61 @@ class Manifest:
         groups: list[list[int]] = [[]]
         held = 0
         for unit in Permutation(len(units), "units", self.seed, name, number)(np.arange(len(units))).tolist():
+            if "split" in units[unit] and not selection.trained_tokens(units[unit]):
+                continue
             if held >= self.group_tokens:
                 groups.append([])
                 held = 0
             groups[-1].append(unit)
-            held += units[unit]["tokens"]
+            held += selection.trained_tokens(units[unit])
         return groups
 
 
-def manifest_path(data_dir: str, config: DataConfig, tokenizer: Tokenizer, units: list[Unit]) -> str:
-    """Returns where the manifest of this configuration over these very files lies."""
-    settings = asdict(config)
-    if not config.stages:
-        del settings["stages"]  # builds from before there were stages keep their names
-    parts: list[Any] = [settings, tokenizer.fingerprint, [asdict(unit) for unit in units]]
-    parts += _recipe() + _formats()
+def manifest_path(
+    data_dir: str, config: DataConfig, tokenizer: Tokenizer, units: list[Unit], missing: Sequence[str] = ()
+) -> str:
+    """Returns where the manifest of this configuration over these very files lies; see `assemble`."""
+    parts: list[Any] = [_settings(config), tokenizer.fingerprint, [unit.identity() for unit in units]]
+    parts += _recipe() + _formats() + ([{"missing": list(missing)}] if missing else [])
     return storage.join(data_dir, "manifests", f"{_digest(parts)[:24]}.json")
 
 
+def _settings(config: DataConfig) -> dict[str, Any]:
+    """Returns all settings, but those that are as if there was no such choice: older builds keep their names."""
+    added = {"stages": (), "dedup": "none", "validation_share": 0}
+    added_to_source = {"missing": "stop", "max_document_bytes": MAX_DOCUMENT_BYTES}
+    settings = asdict(config)
+    for source in settings["sources"]:
+        for name in [name for name, default in added_to_source.items() if source[name] == default]:
+            del source[name]
+    return {name: value for name, value in settings.items() if name not in added or value != added[name]}
+
+
 def assemble(
-    path: str, config: DataConfig, tokenizer: Tokenizer, receipts: dict[str, list[dict[str, Any]]]
+    path: str,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    receipts: dict[str, list[dict[str, Any]]],
+    *,
+    missing: Sequence[str] = (),
 ) -> Manifest:
-    """Returns the manifest of tokenized sources; `receipts` by source, in the order of its units."""
+    """Returns the manifest of tokenized sources.
+
+    Args:
+      path: where it will lie.
+      config: without the sources that are missing.
+      tokenizer: of the configuration.
+      receipts: by source, in the order of its units.
+      missing: sources that were left out.
+    """
     vocabulary = tokenizer.vocabulary(config.num_sentinels)
     recipe = [*_recipe(), tokenizer.fingerprint, vocabulary, config.seq_len, config.objective, config.seed]
     sources, identities = [], []
     for source in config.sources:
         units = receipts[source.name]
         identity = [*recipe, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
+        if splits := [unit["split"]["sha256"] for unit in units if "split" in unit]:
+            identity.append({"splits": splits})
         identities.append([*identity, source.weight])  # None with stages, which follow
         folder = f"passes/{source.name}-{_digest([*identity, *_formats()])[:16]}"
         sources.append(SourceManifest(name=source.name, weight=source.weight, units=units, passes=folder))
@@ -134,6 +167,9 @@ def assemble(
         group_tokens=config.group_tokens,
         sources=sources,
         stages=stages,
+        missing=tuple(missing),
+        dedup=config.dedup,
+        validation_share=config.validation_share,
     )
 
 
@@ -147,6 +183,9 @@ def commit(manifest: Manifest) -> None:
     """Writes a manifest; one that is there already is the same."""
     fields = {**asdict(manifest), "vocabulary": manifest.vocabulary._asdict()}
     del fields["path"]
+    for name, default in {"missing": (), "dedup": "none", "validation_share": 0}.items():
+        if fields[name] == default:  # as in builds from before there was a choice
+            del fields[name]
     storage.create_if_absent(manifest.path, json.dumps(fields, indent=1).encode())
 
 
@@ -158,7 +197,10 @@ def load(path: str) -> Manifest:
         vocabulary["prompts"] = {mode: tuple(ids) for mode, ids in vocabulary["prompts"].items()}
         sources = [SourceManifest(**source) for source in fields.pop("sources")]
         stages = tuple(Stage(end, tuple(weights)) for end, weights in fields.pop("stages", ()))
-        return Manifest(path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, stages=stages, **fields)
+        missing = tuple(fields.pop("missing", ()))
+        return Manifest(
+            path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, stages=stages, missing=missing, **fields
+        )
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of this version ({error}); delete it and build again") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from openmoe.pipelines import packing, shards, storage, token_cache, ul2
+from openmoe.pipelines import packing, selection, shards, storage, token_cache, ul2
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.permute import Permutation
 
@@ -125,6 +125,8 @@ def _shuffled(
     lengths = np.concatenate([part.lengths for part in parts])
     counts = [len(part.lengths) for part in parts]
     origin = np.stack([np.repeat(units, counts), np.concatenate([np.arange(n) for n in counts])], axis=1)
-    order = Permutation(len(lengths), "documents", *key)(np.arange(len(lengths)))
     starts = np.cumsum(lengths) - lengths
+    wanted = np.concatenate([selection.read(manifest.data_dir, r) for r in receipts]) == selection.TRAIN
+    starts, lengths, origin = starts[wanted], lengths[wanted], origin[wanted]
+    order = Permutation(len(lengths), "documents", *key)(np.arange(len(lengths)))
     return tokens[ul2.ranges(starts[order], lengths[order])], lengths[order], origin[order]

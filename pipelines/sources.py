@@ -1,7 +1,8 @@
-"""Documents of RedPajama and The Stack files, read in units that workers share out.
+"""Documents of RedPajama, The Stack and plain text files, read in units that workers share out.
 
 Files are read as bytes and split on newlines only; every line is parsed by itself, so that one bad line costs
 one line. `meta` is never looked at: copies carry it as an object, as JSON text, or as Python's repr.
+No document is held that is longer than its source allows, not even to find out where it ends.
 """
 
 from __future__ import annotations
@@ -10,43 +11,62 @@ import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openmoe.pipelines import storage
-from openmoe.pipelines.config import DataError, SourceConfig
+from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataError, SourceConfig
 
-_COMPRESSION = {".jsonl": None, ".jsonl.zst": "zstd", ".jsonl.gz": "gzip"}
+_SUFFIX = {"redpajama": ".jsonl", "text": ".txt"}
+_CODECS = {"": None, ".zst": "zstd", ".gz": "gzip"}
 _COLUMN = "content"
+_SKIPPED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One piece of work: bytes [start, stop) of a plain file, row groups of Parquet, a whole compressed file.
+    """One piece of work: bytes [start, stop) of a plain file, row groups of Parquet, a whole compressed file, texts.
 
-    A unit of lines owns those that start in its range.
+    A unit of lines owns those that start in its range. A unit of texts is `files`, the first of which is its path.
     """
 
     source: str
-    format: Literal["redpajama", "the_stack"]
+    format: Literal["redpajama", "the_stack", "text"]
     path: str
     fingerprint: str  # of the file: size, and time of change or checksum
     start: int
     stop: int
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    files: Sequence[Sequence[str]] = ()  # of format text: path and fingerprint of each
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells this unit from others; without what is as it was when there was no choice."""
+        fields = asdict(self)
+        if self.max_document_bytes == MAX_DOCUMENT_BYTES:
+            del fields["max_document_bytes"]
+        if not self.files:
+            del fields["files"]
+        return fields
 
     def key(self, *parts: str) -> str:
         """Returns the name of what is made of this unit with `parts` (tokenizer, versions)."""
-        text = json.dumps([asdict(self), parts], sort_keys=True)
+        text = json.dumps([self.identity(), parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def __str__(self) -> str:
+        if self.files:
+            return f"{len(self.files)} files from {self.path} on"
+        return f"{self.path} [{self.start}, {self.stop})"
 
 
 class Document(NamedTuple):
     """A document's text, valid Unicode."""
 
+    path: str
     offset: int  # byte of its line, in the uncompressed file; row of a Parquet file
     text: str
     repaired: bool  # lone surrogates were replaced by U+FFFD
@@ -55,43 +75,90 @@ class Document(NamedTuple):
 class BadLine(NamedTuple):
     """What was left out, and why."""
 
+    path: str
     offset: int
-    reason: Literal["bad_json", "not_utf8", "no_text", "not_string", "empty"]
-    raw: bytes
+    reason: Literal["bad_json", "not_utf8", "no_text", "not_string", "empty", "too_long", "one_token"]
+    raw: bytes  # of one that is too long only the beginning, of a single token its text
 
 
 def inventory(source: SourceConfig, unit_bytes: int) -> list[Unit]:
     """Returns the units of all files of a source, in the order of their paths."""
-    paths: set[str] = set()
-    for pattern in source.paths:
-        found = storage.glob(pattern)
-        if not found:
+    paths = find(source)
+    if source.format == "text":
+        return list(_grouped(source, paths, unit_bytes))
+    return [unit for path in paths for unit in _cut(source, path, unit_bytes)]
+
+
+def find(source: SourceConfig) -> list[str]:
+    """Returns the sorted paths of a source's files; none when it is missing and may be.
+
+    Raises:
+      DataError: a pattern matches nothing, unless none does and `missing` is `renormalize`.
+    """
+    found = {pattern: storage.glob(pattern) for pattern in source.paths}
+    if source.missing == "renormalize" and not any(found.values()):
+        return []
+    for pattern, paths in found.items():
+        if not paths:
             raise DataError(
                 f"sources.{source.name}.paths: {pattern} matches no file; correct it or leave the source out"
             )
-        paths.update(found)
-    return [unit for path in sorted(paths) for unit in _cut(source, path, unit_bytes)]
+    return sorted({path for paths in found.values() for path in paths})
 
 
 def read(unit: Unit) -> Iterator[Document | BadLine]:
-    """Returns every document of a unit and every line or row that is none, in order."""
-    if unit.format == "the_stack":
-        return (_parse_text(row, content) for row, content in _rows(unit))
-    return (_parse_line(offset, line) for offset, line in _lines(unit))
+    """Yields every document of a unit and every line, row or file that is none, in order."""
+    match unit.format:
+        case "redpajama":
+            records = ((unit.path, offset, line) for offset, line in _lines(unit))
+        case "the_stack":
+            records = ((unit.path, row, content) for row, content in _rows(unit))
+        case "text":
+            records = ((path, 0, content) for path, content in _texts(unit))
+    for path, offset, raw in records:
+        if raw is None:
+            yield BadLine(path, offset, "no_text", b"")
+        elif len(raw) > unit.max_document_bytes:
+            yield BadLine(path, offset, "too_long", raw)
+        elif unit.format == "redpajama":
+            yield _parse_line(path, offset, raw)
+        else:
+            yield _parse_text(path, offset, raw)
+
+
+def _unit(source: SourceConfig, path: str, fingerprint: str, start: int, stop: int, **files: Any) -> Unit:
+    return Unit(
+        source=source.name,
+        format=source.format,
+        path=path,
+        fingerprint=fingerprint,
+        start=start,
+        stop=stop,
+        max_document_bytes=source.max_document_bytes,
+        **files,
+    )
+
+
+def _grouped(source: SourceConfig, paths: list[str], unit_bytes: int) -> Iterator[Unit]:
+    """Yields units of whole files, in order; each but the last holds at least `unit_bytes`."""
+    files: list[tuple[str, str]] = []
+    held = 0
+    for path in paths:
+        _codec(source.format, path)
+        size, changed = storage.info(path)
+        files.append((path, f"{size}:{changed}"))
+        held += size
+        if held >= unit_bytes or path == paths[-1]:
+            yield _unit(source, files[0][0], files[0][1], 0, len(files), files=tuple(files))
+            files, held = [], 0
 
 
 def _cut(source: SourceConfig, path: str, unit_bytes: int) -> Iterator[Unit]:
     size, changed = storage.info(path)
+    fingerprint = f"{size}:{changed}"
 
     def unit(start: int, stop: int) -> Unit:
-        return Unit(
-            source=source.name,
-            format=source.format,
-            path=path,
-            fingerprint=f"{size}:{changed}",
-            start=start,
-            stop=stop,
-        )
+        return _unit(source, path, fingerprint, start, stop)
 
     if source.format == "the_stack":
         with _parquet(path) as file:
@@ -102,44 +169,108 @@ def _cut(source: SourceConfig, path: str, unit_bytes: int) -> Iterator[Unit]:
             if held >= unit_bytes or stop == len(groups):
                 yield unit(start, stop)
                 start, held = stop, 0
-    elif _compression(path):
+    elif _codec(source.format, path):
         yield unit(0, size)
     else:
         for start in range(0, size, unit_bytes):
             yield unit(start, min(start + unit_bytes, size))
 
 
-def _compression(path: str) -> str | None:
-    for suffix, codec in sorted(_COMPRESSION.items(), key=lambda item: -len(item[0])):
+def _codec(kind: str, path: str) -> str | None:
+    suffixes = {f"{_SUFFIX[kind]}{ending}": codec for ending, codec in _CODECS.items()}
+    for suffix, codec in suffixes.items():
         if path.endswith(suffix):
             return codec
-    raise DataError(f"{path}: format redpajama reads {', '.join(_COMPRESSION)}; narrow the source's paths")
+    raise DataError(f"{path}: format {kind} reads {', '.join(suffixes)}; narrow the source's paths")
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """Yields (offset, line) of the lines that start in the unit's range."""
-    codec = _compression(unit.path)
+    """Yields (offset, line without its end) of the lines that start in the unit's range; see `_bounded`."""
+    codec, limit = _codec(unit.format, unit.path), unit.max_document_bytes
     with storage.open_read(unit.path) as file:
         if codec:
-            yield from _decompressed_lines(unit.path, file, codec)
+            yield from _decompressed_lines(unit.path, file, codec, limit)
             return
         offset = unit.start
         if offset:
             file.seek(offset - 1)
-            offset += len(file.readline()) - 1
-        while offset < unit.stop and (line := file.readline()):
-            yield offset, line
-            offset += len(line)
+            offset += _skip_line(file, unit.stop - offset + 1) - 1
+        yield from _bounded(file, offset, unit.stop, limit)
 
 
-def _decompressed_lines(path: str, file: BinaryIO, codec: str) -> Iterator[tuple[int, bytes]]:
-    offset = 0
+def _decompressed_lines(path: str, file: BinaryIO, codec: str, limit: int) -> Iterator[tuple[int, bytes]]:
+    text = _Counted(pa.CompressedInputStream(file, codec))
+    with _undamaged(path, codec, text):
+        yield from _bounded(io.BufferedReader(text, 2**20), 0, 2**63, limit)
+
+
+def _texts(unit: Unit) -> Iterator[tuple[str, bytes]]:
+    """Yields (path, content) of whole files; of one that is too long the beginning."""
+    for path, _ in unit.files:
+        codec = _codec(unit.format, path)
+        with storage.open_read(path) as file:
+            if not codec:
+                yield path, file.read(unit.max_document_bytes + 1)
+                continue
+            text = _Counted(pa.CompressedInputStream(file, codec))
+            with _undamaged(path, codec, text):
+                content = io.BufferedReader(text, 2**20).read(unit.max_document_bytes + 1)
+            yield path, content
+
+
+def _bounded(file: BinaryIO, offset: int, stop: int, limit: int) -> Iterator[tuple[int, bytes]]:
+    """Yields (offset, line without its end) of the lines that start before `stop`.
+
+    Args:
+      file: at the first line.
+      offset: of the first line.
+      stop: where a line belongs to the next unit.
+      limit: bytes of a line; of a longer one only the beginning is given, and it is longer than the limit.
+    """
+    while offset < stop and (line := file.readline(limit + 2)):
+        start, offset = offset, offset + len(line)
+        if len(line) == limit + 2 and not line.endswith(b"\n"):
+            offset += _skip_line(file, stop - offset)
+            yield start, line
+        else:
+            yield start, line.rstrip(b"\r\n")
+
+
+def _skip_line(file: BinaryIO, most: int) -> int:
+    """Returns how many bytes were left of a line, all of them read; about `most` if it is longer than that."""
+    skipped = 0
+    while skipped < most and (piece := file.readline(_SKIPPED_AT_ONCE)):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+class _Counted(io.RawIOBase):
+    """A stream that knows how much was read of it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self.count += count
+        return count
+
+
+@contextlib.contextmanager
+def _undamaged(path: str, codec: str, text: _Counted) -> Generator[None]:
+    """Names the file whose compressed stream turns out to be damaged."""
     try:
-        for line in io.BufferedReader(pa.CompressedInputStream(file, codec), 2**20):
-            yield offset, line
-            offset += len(line)
+        yield
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: {codec} stream damaged after {offset:,} bytes of text; get it again") from error
+        if getattr(error, "errno", None) is not None:  # of the file system or the network, which may pass
+            raise
+        raise DataError(f"{path}: {codec} stream damaged after {text.count:,} bytes of text; get it again") from error
 
 
 @contextlib.contextmanager
@@ -173,38 +304,35 @@ def _rows(unit: Unit) -> Iterator[tuple[int, bytes | None]]:
                 row += 1
 
 
-def _parse_line(offset: int, line: bytes) -> Document | BadLine:
-    raw = line.rstrip(b"\r\n")
+def _parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
     if not raw.strip():
-        return BadLine(offset, "empty", raw)
+        return BadLine(path, offset, "empty", raw)
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
-        return BadLine(offset, "not_utf8", raw)
+        return BadLine(path, offset, "not_utf8", raw)
     except (ValueError, RecursionError):
-        return BadLine(offset, "bad_json", raw)
+        return BadLine(path, offset, "bad_json", raw)
     if not isinstance(record, dict) or record.get("text") is None:
-        return BadLine(offset, "no_text", raw)
+        return BadLine(path, offset, "no_text", raw)
     if not isinstance(record["text"], str):
-        return BadLine(offset, "not_string", raw)
-    return _sanitize(offset, record["text"], raw)
+        return BadLine(path, offset, "not_string", raw)
+    return _sanitize(path, offset, record["text"], raw)
 
 
-def _parse_text(row: int, raw: bytes | None) -> Document | BadLine:
-    if raw is None:
-        return BadLine(row, "no_text", b"")
+def _parse_text(path: str, row: int, raw: bytes) -> Document | BadLine:
     try:
-        return _sanitize(row, raw.decode("utf-8"), raw)
+        return _sanitize(path, row, raw.decode("utf-8"), raw)
     except UnicodeDecodeError:
-        return BadLine(row, "not_utf8", raw)
+        return BadLine(path, row, "not_utf8", raw)
 
 
-def _sanitize(offset: int, text: str, raw: bytes) -> Document | BadLine:
+def _sanitize(path: str, offset: int, text: str, raw: bytes) -> Document | BadLine:
     """Returns the document; ASCII-escaped JSON carries lone surrogates, on which tokenizers fail."""
     if not text.strip():
-        return BadLine(offset, "empty", raw)
+        return BadLine(path, offset, "empty", raw)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return Document(offset, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
-    return Document(offset, text, False)
+        return Document(path, offset, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
+    return Document(path, offset, text, False)

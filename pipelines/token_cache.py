@@ -1,12 +1,13 @@
 """The token cache: every unit of the sources tokenized once, in Parquet, one document a row.
 
 <folder>/<unit key>.parquet     source, file, offset, hash, tokens
-<folder>/<unit key>.bad.jsonl   lines that were left out (only when there are any)
+<folder>/<unit key>.bad.jsonl   lines that were left out, with file, offset and reason (only when there are any)
 <folder>/<unit key>.json        receipt, created if absent and last: it is the commit
 """
 
 from __future__ import annotations
 
+import base64
 import collections
 import hashlib
 import io
@@ -18,14 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openmoe.pipelines import sources, storage
-from openmoe.pipelines.config import DataError
 from openmoe.pipelines.sources import BadLine, Document, Unit
 from openmoe.pipelines.tokenizer import Tokenizer
 
-CLEANING_VERSION = 1
+# Part of every unit's key: raise it when the same bytes would become other files.
+CLEANING_VERSION = 2
 _BATCH_CHARACTERS = 4_000_000
 _SAMPLES = 20  # bad lines that a receipt names
-_QUARANTINED = 1000  # bad lines that a unit keeps, the first 4 KiB of each
+_KEPT_LINES = 1000  # bad lines that a unit keeps; the others are counted
+_KEPT_BYTES = 4096  # of each of them
 _SCHEMA = pa.schema(
     {
         "source": pa.string(),
@@ -57,8 +59,8 @@ def tokenize(unit: Unit, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
         table.add(record)
     content, receipt = table.finish()
     storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
-    if table.bad_lines:
-        lines = "".join(json.dumps(line) + "\n" for line in table.bad_lines)
+    if table.kept_aside:
+        lines = "".join(json.dumps(line) + "\n" for line in table.kept_aside)
         storage.write_durable(storage.join(folder, f"{name}.bad.jsonl"), lines.encode())
     receipt = {"key": name, **receipt}
     storage.create_if_absent(storage.join(folder, f"{name}.json"), json.dumps(receipt).encode())
@@ -67,13 +69,29 @@ def tokenize(unit: Unit, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
 
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
     """Returns the documents of a tokenized unit, whose file must have the receipt's digest."""
-    path = storage.join(folder, f"{name}.parquet")
-    content = storage.read_bytes(path)
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path}: damaged, it does not match its receipt; delete both and build again")
-    column = pq.read_table(io.BytesIO(content), columns=["tokens"]).column(0).combine_chunks()
+    [column] = _columns(folder, name, sha256, ["tokens"])
     values = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(values.astype(np.uint32, copy=False), np.diff(column.offsets.to_numpy()).astype(np.int64))
+
+
+def documents(folder: str, name: str, *, sha256: str) -> Documents:
+    """Returns hashes and lengths of the documents of a tokenized unit, whose file must have the receipt's digest."""
+    hashes, tokens = _columns(folder, name, sha256, ["hash", "tokens"])
+    halves = np.frombuffer(b"".join(hashes.to_pylist()), "<u8").reshape(-1, 2)
+    return Documents(halves, np.diff(tokens.offsets.to_numpy()).astype(np.int64))
+
+
+def _columns(folder: str, name: str, sha256: str, columns: list[str]) -> list[Any]:
+    content = storage.read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+    table = pq.read_table(io.BytesIO(content), columns=columns)
+    return [table.column(column).combine_chunks() for column in columns]
+
+
+class Documents(NamedTuple):
+    """What tells the documents of a unit apart."""
+
+    hashes: np.ndarray  # uint64[documents, 2]
+    lengths: np.ndarray  # int64[documents], tokens
 
 
 class _Table:
@@ -82,45 +100,45 @@ class _Table:
     def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
         self._unit = unit
         self._tokenizer = tokenizer
-        self._texts: list[str] = []
-        self._text_offsets: list[int] = []
+        self._documents: list[Document] = []  # not tokenized yet
         self._characters = self._text_bytes = self._repaired = 0
         self._reasons: collections.Counter[str] = collections.Counter()
         self._samples: list[dict[str, Any]] = []
-        self._columns: dict[str, list[Any]] = {"offset": [], "hash": [], "tokens": []}
-        self.bad_lines: list[dict[str, Any]] = []
+        self._columns: dict[str, list[Any]] = {"file": [], "offset": [], "hash": [], "tokens": []}
+        self.kept_aside: list[dict[str, Any]] = []
 
     def add(self, record: Document | BadLine) -> None:
         if isinstance(record, BadLine):
-            self._reject(record.offset, record.reason, record.raw)
+            self._reject(record)
             return
-        self._texts.append(record.text)
-        self._text_offsets.append(record.offset)
+        self._documents.append(record)
         self._repaired += record.repaired
         self._characters += len(record.text)
         if self._characters >= _BATCH_CHARACTERS:
             self._encode()
 
     def _encode(self) -> None:
-        encoded = self._tokenizer.encode(self._texts)
-        for offset, text, tokens in zip(self._text_offsets, self._texts, encoded, strict=True):
-            utf8 = text.encode()
+        encoded = self._tokenizer.encode([document.text for document in self._documents])
+        for document, tokens in zip(self._documents, encoded, strict=True):
+            utf8 = document.text.encode()
             if len(tokens) < 2:  # nothing is left to predict of a single token
-                self._reject(offset, "one_token", utf8)
+                self._reject(BadLine(document.path, document.offset, "one_token", utf8))
                 continue
             self._text_bytes += len(utf8)
-            self._columns["offset"].append(offset)
+            self._columns["file"].append(document.path)
+            self._columns["offset"].append(document.offset)
             self._columns["hash"].append(hashlib.blake2b(utf8, digest_size=16).digest())
             self._columns["tokens"].append(tokens)
-        self._texts, self._text_offsets, self._characters = [], [], 0
+        self._documents, self._characters = [], 0
 
-    def _reject(self, offset: int, reason: str, raw: bytes) -> None:
-        self._reasons[reason] += 1
+    def _reject(self, bad: BadLine) -> None:
+        where = {"path": bad.path, "offset": bad.offset, "reason": bad.reason}
+        self._reasons[bad.reason] += 1
         if len(self._samples) < _SAMPLES:
-            self._samples.append({"offset": offset, "reason": reason})
-        if len(self.bad_lines) < _QUARANTINED:
-            line = raw[:4096].decode("utf-8", "backslashreplace")
-            self.bad_lines.append({"offset": offset, "reason": reason, "line": line})
+            self._samples.append(where)
+        if len(self.kept_aside) < _KEPT_LINES:
+            cut = {"bytes": len(bad.raw)} if len(bad.raw) > _KEPT_BYTES else {}
+            self.kept_aside.append({**where, **_exactly(bad.raw[:_KEPT_BYTES]), **cut})
 
     def finish(self) -> tuple[bytes, dict[str, Any]]:
         """Returns the Parquet file and the receipt, which holds nothing but facts about the content."""
@@ -132,8 +150,8 @@ class _Table:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         document_offsets = np.asarray(self._columns["offset"], np.uint64)
         columns = [
-            _repeated(self._unit.source, count),
-            _repeated(self._unit.path, count),
+            _strings([self._unit.source] * count),
+            _strings(self._columns["file"]),
             _array(pa.uint64(), document_offsets, count),
             _array(pa.binary(16), b"".join(self._columns["hash"]), count),
             pa.ListArray.from_arrays(_array(pa.int32(), offsets, count + 1), _array(pa.uint32(), values, len(values))),
@@ -151,7 +169,7 @@ class _Table:
             "tokens": len(values),
             "text_bytes": self._text_bytes,
             "bad": dict(sorted(self._reasons.items())),
-            "bad_samples": sorted(self._samples, key=lambda sample: sample["offset"]),
+            "bad_samples": self._samples,
             "repaired": self._repaired,
             "tokens_sha256": hashlib.sha256(lengths.tobytes() + values.tobytes()).hexdigest(),
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -163,7 +181,15 @@ def _array(kind: pa.DataType, values: np.ndarray | bytes, count: int) -> pa.Arra
     return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(values)])
 
 
-def _repeated(text: str, count: int) -> pa.Array:
-    utf8 = text.encode()
-    ends = np.arange(count + 1, dtype=np.int32) * np.int32(len(utf8))
-    return pa.StringArray.from_buffers(count, pa.py_buffer(ends), pa.py_buffer(utf8 * count))
+def _strings(texts: list[str]) -> pa.Array:
+    utf8 = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, utf8)]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(utf8)))
+
+
+def _exactly(raw: bytes) -> dict[str, str]:
+    """Returns bytes as JSON can carry them: as the text they are, or in base64."""
+    try:
+        return {"line": raw.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(raw).decode()}

@@ -230,6 +230,8 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "share",
         "documents",
         "bad",
+        "duplicates",
+        "validation",
         "tokens a pass",
         "passes",
         "rows",
@@ -237,8 +239,9 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "loss",
         "denoisers",
     )
-    for data_id, sources in summaries.items():
-        tables.show(f"data {data_id}", columns, [_source_row(source) for source in sources])
+    for manifest, sources in zip(found, summaries.values(), strict=True):
+        without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
+        tables.show(f"data {manifest.data_id}{without}", columns, [_source_row(source) for source in sources])
 
 
 def _source_row(source: "SourceSummary") -> tuple[str, ...]:
@@ -247,6 +250,8 @@ def _source_row(source: "SourceSummary") -> tuple[str, ...]:
         f"{source.share:.2%}",
         f"{source.documents:,}",
         f"{source.bad:,}",
+        f"{source.duplicates:,}",
+        f"{source.validation:,}",
         f"{source.tokens:,}",
         f"{source.passes}",
         f"{source.rows:,}",

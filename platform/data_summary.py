@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import storage
+from openmoe.pipelines import selection, storage
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest, SourceManifest
 from openmoe.pipelines.passes import Passes
@@ -16,8 +16,10 @@ class SourceSummary(NamedTuple):
 
     Attributes:
       share: of the mixture's rows; where it has stages, of those that are built.
-      documents: usable ones, all of which every pass contains.
-      bad: documents left out.
+      documents: those that every pass contains.
+      bad: unusable ones.
+      duplicates: usable ones left out because they were there before.
+      validation: usable ones kept apart.
       tokens: of text, in one pass.
       passes: finished ones.
       rows: of all finished passes.
@@ -30,6 +32,8 @@ class SourceSummary(NamedTuple):
     share: float
     documents: int
     bad: int
+    duplicates: int
+    validation: int
     tokens: int
     passes: int
     rows: int
@@ -53,8 +57,13 @@ def builds(config: DataConfig, data_dir: str) -> list[Manifest]:
 
 
 def _matches(manifest: Manifest, config: DataConfig) -> bool:
-    fields = ("tokenizer", "seq_len", "objective", "seed", "group_tokens")
+    fields = ("tokenizer", "seq_len", "objective", "seed", "group_tokens", "dedup", "validation_share")
     same = all(getattr(manifest, field) == getattr(config, field) for field in fields)
+    if manifest.missing:
+        may_be = {source.name for source in config.sources if source.missing == "renormalize"}
+        if not may_be.issuperset(manifest.missing) or len(manifest.missing) == len(config.sources):
+            return False
+        config = config.without(manifest.missing)
     mixture = [(source.name, source.weight) for source in config.sources]
     built = [(source.name, source.weight) for source in manifest.sources]
     return same and built == mixture and manifest.stages == manifests.stages_of(config)
@@ -88,9 +97,11 @@ def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share
     return SourceSummary(
         name=source.name,
         share=share,
-        documents=sum(unit["documents"] for unit in source.units),
+        documents=sum(selection.count(unit, "train") for unit in source.units),
         bad=sum(sum(unit["bad"].values()) for unit in source.units),
-        tokens=sum(unit["tokens"] for unit in source.units),
+        duplicates=sum(selection.count(unit, "duplicate") for unit in source.units),
+        validation=sum(selection.count(unit, "validation") for unit in source.units),
+        tokens=sum(selection.trained_tokens(unit) for unit in source.units),
         passes=len(passes),
         rows=rows,
         fill=sum(group["slots_used"] for group in groups) / slots,

@@ -124,7 +124,7 @@ def passes_reached(spec: RunSpec, built: Passes | None) -> list[Section]:
     total = _total_rows(spec)
     if built is None or total is None:
         return []
-    needed = _mixture(spec).rows_needed(total).tolist()
+    needed = built.manifest.mixture.rows_needed(total).tolist()  # a missing source has no part in it
     return [Section("passes", tuple(_reached(built, index, n) for index, n in enumerate(needed)))]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from openmoe.pipelines import build as builder
-from openmoe.pipelines import shards, stdlib_corpus, storage, token_cache
-from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
+from openmoe.pipelines import manifest as manifests
+from openmoe.pipelines import selection, shards, stdlib_corpus, storage, token_cache
+from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
 from openmoe.pipelines.storage import StorageError
@@ -28,7 +29,7 @@ def config(corpus, names=tuple(FORMATS), **settings) -> DataConfig:
         if name in names
     )
     tiny = {"unit_bytes": 6_000, "group_tokens": 1_500, "seq_len": 128, "seed": 3}
-    return DataConfig(tokenizer="builtin:small_8192", sources=sources, **tiny | settings)
+    return DataConfig(**{"tokenizer": "builtin:small_8192", "sources": sources} | tiny | settings)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -239,7 +240,63 @@ def test_bad_lines_within_the_limit_are_counted_and_kept_aside(ray_local, tmp_pa
     manifest = builder.build(replace(config(tmp_path), sources=(bad,)), str(tmp_path / "data"), min_rows=1)
     assert manifest.sources[0].units[0]["bad"] == {"bad_json": 1}
     kept = next((tmp_path / "data/tokens").glob("*.bad.jsonl")).read_text()
-    assert json.loads(kept) == {"offset": 207, "reason": "bad_json", "line": "{broken"}
+    path = str(tmp_path / "bad.jsonl")
+    assert json.loads(kept) == {"path": path, "offset": 207, "reason": "bad_json", "line": "{broken"}
+
+
+def test_duplicates_and_validation_are_taken_out_over_the_same_token_cache(ray_local, built, copied, corpus, tmp_path):
+    base = config(corpus, dedup="exact", validation_share=0.1)
+    again = replace(base.sources[0], name="again", paths=(f"{corpus}/wikipedia/*.jsonl", f"{corpus}/c4/*.jsonl"))
+    asked, reports = replace(base, sources=(*base.sources, again)), []
+    chosen = builder.build(asked, str(copied), min_rows=20, report=lambda *args: reports.append(args[0]))
+    assert list(dict.fromkeys(reports)) == ["tokenize", "sort", "unite", "split", "pack"]
+    first, *_, last = chosen.sources
+    left_out = [sum(selection.count(unit, part) for unit in last.units) for part in ("validation", "duplicate")]
+    assert left_out[1] >= sum(unit["documents"] for unit in first.units)
+    assert sum(selection.count(unit, "validation") for unit in first.units) > 0
+    assert loader_of(chosen, tmp_path).num_rows >= 20
+    same = builder.build(asked, str(tmp_path / "new"), min_rows=20, place=builder.Workplace(num_workers=1))
+    assert tree(tmp_path / "new" / "selections") == tree(copied / "selections")
+    assert loader_of(same, tmp_path).records(0, 20) == loader_of(chosen, tmp_path).records(0, 20)
+    twice = replace(again, paths=again.paths[:1])
+    with pytest.raises(DataError, match=r"sources\.again: of its documents \d+ were there before, and 0 are for valid"):
+        builder.build(replace(base, sources=(*base.sources, twice)), str(copied), min_rows=20)
+
+
+def test_a_missing_source_is_renormalized_away_only_when_the_run_file_says_so(built, copied, corpus, tmp_path):
+    whole = config(corpus)
+    book = SourceConfig(name="book", format="redpajama", paths=(f"{corpus}/book/*.jsonl",), weight=8.0)
+    for asked in (replace(whole, sources=(*whole.sources, book)), replace(whole, sources=(book, *whole.sources))):
+        with pytest.raises(DataError, match=r"sources\.book\.paths: .*/book/\*\.jsonl matches no file"):
+            builder.build(asked, str(tmp_path), min_rows=20)
+    said, may_be = [], replace(book, missing="renormalize")
+    place = builder.Workplace(say=said.append)
+    manifest = builder.build(replace(whole, sources=(may_be, *whole.sources)), str(copied), min_rows=20, place=place)
+    assert said == [
+        "MISSING SOURCE book: no file matches; the others take its rows: "
+        "wikipedia 12.50%, common_crawl 25.00%, the_stack 62.50%"
+    ]
+    assert manifest.missing == ("book",)
+    assert manifests.load(manifest.path).missing == ("book",)
+    assert manifest.data_id == built[1].data_id
+    with pytest.raises(DataError, match="sources: book is missing, and without it: sources: at least one is needed"):
+        builder.build(replace(whole, sources=(may_be,)), str(tmp_path), min_rows=20)
+
+
+def test_a_missing_source_is_taken_out_of_every_stage(ray_local, corpus, tmp_path):
+    paths = {"wikipedia": f"{corpus}/wikipedia/*.jsonl", "book": f"{corpus}/book/*.jsonl"}
+    sources = tuple(
+        SourceConfig(name=name, format="redpajama", paths=(path,), missing="renormalize")
+        for name, path in paths.items()
+    )
+    first = StageConfig(until_tokens=1280, weights={"wikipedia": 1, "book": 3})
+    stages = (first, StageConfig(weights={"wikipedia": 1}))
+    built = builder.build(config(corpus, sources=sources, stages=stages), str(tmp_path), min_rows=20)
+    assert [source.name for source in built.sources] == ["wikipedia"]
+    assert [tuple(stage.weights) for stage in built.stages] == [(1,), (1,)]
+    stages = (StageConfig(until_tokens=1280, weights={"book": 3}), stages[1])
+    with pytest.raises(DataError, match=r"book is missing, and without it: stages\.0\.weights: at least one source"):
+        builder.build(config(corpus, sources=sources, stages=stages), str(tmp_path), min_rows=20)
 
 
 def test_an_error_inside_a_worker_is_the_same_one_line(ray_local, tmp_path):

@@ -8,7 +8,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.pipelines import sources
+from openmoe.pipelines import sources, storage
 from openmoe.pipelines.config import DataError, SourceConfig
 from openmoe.pipelines.sources import BadLine, Document
 
@@ -76,6 +76,83 @@ def test_byte_ranges_own_the_lines_that_start_in_them(tmp_path, unit_bytes):
     (tmp_path / "a.jsonl").write_bytes(DIRT)
     records = read_all(source(tmp_path / "a.jsonl"), unit_bytes if unit_bytes > 1 else 997)
     assert [r.offset for r in records] == [r.offset for r in read_all(source(tmp_path / "a.jsonl"))]
+
+
+# A line of each subset, in the shapes in which it is met: the files, the sample, copies of the loaders' output.
+SUBSET_LINES = {
+    "arxiv": b'{"text":"\\\\section{One}","meta":{"timestamp":"2023-03-29T17:03:41","yymm":"2303","arxiv_id":"2303.1",'
+    b'"language":"en","url":"https://arxiv.org/abs/2303.1","source":"arxiv"}}',
+    "book": b'{"meta":{"short_book_title":"A","publication_date":1869,"url":"http://a"},"text":"\\n\\nOne"}',
+    "c4": b'{"text": "One", "meta": {"timestamp": "2019-04-25T12:57:54Z", "url": "https://a", "language": "en", '
+    b'"source": "c4"}}',
+    "common_crawl": b'{"pred_label":"__label__wiki","pred_label_prob":0.57,"wiki_prob":0.57,"text":"One",'
+    b'"source":"cc/2019-30/en_head_0000.json.gz/line1"}',
+    "github": b'{"text":"One","meta":{"content_hash":"0a","timestamp":"","source":"github","line_count":1,'
+    b'"max_line_length":3,"avg_line_length":3.0,"alnum_prop":1.0,"path":"a.py"}}',
+    "stackexchange": b'{"text": "Q: One\\nA: two", "meta": {"language": "en", "url": "https://a", '
+    b'"timestamp": "2023-03", "source": "stackexchange", "question_score": "12"}}',
+    "wikipedia": b'{"text": "One", "meta": {"title": "A", "url": "https://a", "language": "de", '
+    b'"timestamp": "20230320"}}',
+    "sample, meta as JSON text": b'{"text": "One", "meta": "{\\"url\\": \\"https://a\\"}", "red_pajama_subset": "c4"}',
+    "sample, meta as Python's repr": b'{"text": "One", "meta": "{\'url\': \'https://a\', \'n\': None}"}',
+}
+
+
+@pytest.mark.parametrize("line", SUBSET_LINES.values(), ids=SUBSET_LINES)
+def test_a_line_of_every_subset_is_a_document_whatever_its_meta(tmp_path, line):
+    others = [b'{"text": "other", "meta": {"a": [1, {}]}}', b'{"text": "other", "meta": "x"}', b'{"text": "other"}']
+    (tmp_path / "arxiv_sample.jsonl").write_bytes(b"\n".join([*others, line]))
+    records = read_all(source(tmp_path / "*_sample.jsonl"))
+    assert [record.text for record in records[:3]] == ["other"] * 3
+    assert "One" in records[3].text
+    assert records[3].offset == 91
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 50, 300, 10_000])
+def test_a_line_that_is_too_long_costs_itself_and_is_never_held(tmp_path, unit_bytes):
+    line, fitting = json.dumps({"text": "x" * 988}).encode(), json.dumps({"text": "y" * 88}).encode()
+    parts = [fitting, line, fitting + b"\r", line, fitting]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(parts))
+    config = source(tmp_path / "a.jsonl", max_document_bytes=100)
+    records = read_all(config, unit_bytes)
+    kinds = [getattr(record, "reason", "document") for record in records]
+    assert kinds == ["document", "too_long", "document", "too_long", "document"]
+    assert [record.offset for record in records] == [0, 101, 1102, 1204, 2205]
+    assert {len(record.raw) for record in records if isinstance(record, BadLine)} == {102}
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    packed = read_all(source(tmp_path / "a.jsonl.gz", max_document_bytes=100))
+    assert [record._replace(path="") for record in packed] == [record._replace(path="") for record in records]
+
+
+def test_every_text_file_is_one_document_and_small_ones_share_a_unit(tmp_path):
+    contents = {"a.txt": b"one\ntwo\n", "b.txt.gz": gzip.compress(b"three"), "c.txt.zst": zstandard.compress(b"four"),
+                "d/e.txt": b"\xff", "f.txt": b" \n", "g.txt": b"x" * 60, "h.txt": b"five"}  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    config = source(tmp_path / "**", format="text", max_document_bytes=59)
+    sizes = [[name.removeprefix(f"{tmp_path}/") for name, _ in u.files] for u in sources.inventory(config, 60)]
+    assert sizes == [["a.txt", "b.txt.gz", "c.txt.zst", "d/e.txt", "f.txt", "g.txt"], ["h.txt"]]
+    for unit_bytes in (1, 60, 10_000):
+        records = read_all(config, unit_bytes)
+        found = [(r.path.removeprefix(f"{tmp_path}/"), getattr(r, "text", None) or r.reason) for r in records]
+        assert found == [
+            ("a.txt", "one\ntwo\n"), ("b.txt.gz", "three"), ("c.txt.zst", "four"), ("d/e.txt", "not_utf8"),
+            ("f.txt", "empty"), ("g.txt", "too_long"), ("h.txt", "five"),
+        ]  # fmt: skip
+
+
+def test_languages_of_the_stack_with_signs_in_their_names_are_read_from_gs(gcs, tmp_path):
+    home = storage.join(gcs, tmp_path.name)
+    languages = ["c", "c++", "c-sharp", "f#", "jupyter notebook", "objective-c++", "100%25", "ren'py?"]
+    for language in languages:
+        stack(tmp_path / "a.parquet", content=[f"in {language}"])
+        content = (tmp_path / "a.parquet").read_bytes()
+        storage.write_durable(storage.join(home, "data", language, "data-00000-of-00001.parquet"), content)
+    records = read_all(source(f"{home}/data/*/*.parquet", format="the_stack"))
+    assert sorted(record.text for record in records) == sorted(f"in {language}" for language in languages)
+    one = read_all(source(f"{home}/data/c++/*.parquet", format="the_stack"))
+    assert [record.text for record in one] == ["in c++"]
 
 
 def test_concatenated_zstd_frames_are_one_file(tmp_path):

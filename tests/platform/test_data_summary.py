@@ -61,6 +61,8 @@ def test_a_source_is_summed_over_its_finished_passes(data_dir):
         share=0.25,
         documents=40,
         bad=3,
+        duplicates=0,
+        validation=0,
         tokens=1024,
         passes=2,
         rows=8,

@@ -1,0 +1,79 @@
+import base64
+import hashlib
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from openmoe.pipelines import sources, token_cache, tokenizer
+from openmoe.pipelines.config import SourceConfig
+
+TEXT = tokenizer.load("builtin:small_8192")
+
+
+def tokenized(folder, pattern, **settings):
+    """The receipts of a source's units, tokenized into `folder`."""
+    config = SourceConfig(**{"name": "s", "format": "redpajama", "paths": (str(pattern),), "weight": 1.0} | settings)
+    return [token_cache.tokenize(unit, TEXT, str(folder)) for unit in sources.inventory(config, 2**20)]
+
+
+def test_a_unit_is_parquet_with_ids_source_file_offset_and_hash_of_each_document(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one two"}\n{broken\n{"text": "three \\ud800 four"}\n')
+    [receipt] = tokenized(tmp_path / "tokens", tmp_path / "a.jsonl")
+    table = pq.read_table(tmp_path / "tokens" / f"{receipt['key']}.parquet")
+    assert str(table.schema) == (
+        "source: string\nfile: string\noffset: uint64\nhash: fixed_size_binary[16]\n"
+        "tokens: list<element: uint32>\n  child 0, element: uint32"
+    )
+    texts = ["one two", "three \ufffd four"]
+    hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    assert table.column("hash").to_pylist() == hashes
+    assert table.column("offset").to_pylist() == [0, 28]
+    assert table.column("source").to_pylist() == ["s", "s"]
+    assert table.column("file").to_pylist() == [str(tmp_path / "a.jsonl")] * 2
+    assert table.column("tokens").to_pylist() == [ids.tolist() for ids in TEXT.encode(texts)]
+    assert (receipt["documents"], receipt["repaired"], receipt["bad"]) == (2, 1, {"bad_json": 1})
+
+
+def test_texts_of_one_unit_keep_their_files(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(f"words of {name}")
+    [receipt] = tokenized(tmp_path / "tokens", tmp_path / "*.txt", format="text")
+    table = pq.read_table(tmp_path / "tokens" / f"{receipt['key']}.parquet")
+    assert table.column("file").to_pylist() == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+
+
+def test_what_is_left_out_is_kept_aside_byte_for_byte_up_to_a_bound_and_counted_beyond(tmp_path):
+    bad = [b"{\xff\xfe", b'{"text": ' + b"7" * 5000, b'{"text": "' + b"x" * 6000 + b'"}', b'{"text": "a"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b'{"text": "one two"}', *bad, *[b"[]"] * 1100]))
+    [receipt] = tokenized(tmp_path / "tokens", tmp_path / "a.jsonl", max_document_bytes=5500)
+    assert receipt["bad"] == {"bad_json": 1, "no_text": 1100, "not_utf8": 1, "one_token": 1, "too_long": 1}
+    assert [sample["offset"] for sample in receipt["bad_samples"][:3]] == [20, 24, 5034]
+    assert len(receipt["bad_samples"]) == 20
+    lines = (tmp_path / "tokens" / f"{receipt['key']}.bad.jsonl").read_text().splitlines()
+    kept = [json.loads(line) for line in lines]
+    assert len(kept) == 1000
+    assert {line["path"] for line in kept} == {str(tmp_path / "a.jsonl")}
+    assert [base64.b64decode(kept[0]["base64"]), kept[0]["reason"], kept[0]["offset"]] == [bad[0], "not_utf8", 20]
+    assert [kept[1]["line"], kept[1]["bytes"]] == [bad[1].decode()[:4096], 5009]
+    assert [kept[2]["line"], kept[2]["reason"]] == [bad[2].decode()[:4096], "too_long"]
+
+
+def test_two_builds_of_a_unit_write_the_same_bytes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one two"}\n' * 50 + b"\xff\n" * 50)
+    trees = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        tokenized(folder, tmp_path / "a.jsonl")
+        trees.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert trees[0] == trees[1]
+    assert len(trees[0]) == 3
+
+
+@pytest.mark.parametrize("library", ["sentencepiece", "pyarrow"])
+def test_another_version_of_a_library_that_shapes_the_bytes_is_another_unit(tmp_path, monkeypatch, library):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one two"}\n')
+    config = SourceConfig(name="s", format="redpajama", paths=(str(tmp_path / "a.jsonl"),), weight=1.0)
+    [unit] = sources.inventory(config, 2**20)
+    before = token_cache.key(unit, tokenizer.Tokenizer("builtin:small_8192"))
+    monkeypatch.setattr(f"{library}.__version__", "0.0.1")
+    assert token_cache.key(unit, tokenizer.Tokenizer("builtin:small_8192")) != before
