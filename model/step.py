@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from openmoe.model import losses, optimizer, parameters, sharding, stacking, transformer
+from openmoe.model import checksum, losses, optimizer, parameters, sharding, stacking, transformer
 from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig, OptimizerConfig
 from openmoe.model.routing import RouterStatistics
 from openmoe.model.transformer import Transformer
@@ -129,7 +129,7 @@ def make_train_step(
             params = balanced(config, params, metrics["expert_load"])
         metrics["grad_norm"] = jnp.asarray(optax.tree.norm(grads))
         metrics["learning_rate"] = jnp.asarray(rate(state.step))
-        metrics["batch_checksum"] = batch_checksum(batch)
+        metrics["batch_checksum"] = checksum.batch_checksum(batch)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     layout = _layout(config, optimizer_config, mesh, execution)
@@ -279,24 +279,3 @@ def _router_metrics(layers: tuple[RouterStatistics, ...]) -> Metrics:
         "expert_usage": jnp.mean(by_layer.usage),
         "expert_load": by_layer.load,
     }
-
-
-def batch_checksum(batch: Batch) -> Array:
-    """Returns uint32[2], two wrapping sums of hashes of the rows: inputs, targets and loss weights.
-
-    It does not depend on the order of the rows nor on how they lie on devices, and can be taken of NumPy arrays
-    as well.
-    """
-    position = jnp.arange(batch["input_ids"].shape[-1], dtype=jnp.uint32)
-    word = _mix(batch["input_ids"].astype(jnp.uint32) ^ _mix(position))
-    word = _mix(batch["target_ids"].astype(jnp.uint32) ^ word)
-    word = _mix(batch["loss_weights"].astype(jnp.float32).view(jnp.uint32) ^ word)
-    row = word.sum(axis=-1, dtype=jnp.uint32)
-    return jnp.stack([_mix(row ^ jnp.uint32(salt)).sum(dtype=jnp.uint32) for salt in (0, 0x9E3779B9)])
-
-
-def _mix(word: Array) -> Array:
-    """Spreads every bit of uint32 words over all others (the finaliser of MurmurHash3)."""
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)

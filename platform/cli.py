@@ -14,6 +14,7 @@ from openmoe.platform import (
     cli_dashboard,
     cli_generate,
     cli_jobs,
+    cli_ledger,
     cli_render,
     cli_schedule,
     tables,
@@ -281,6 +282,7 @@ app.add_typer(cli_jobs.controller_app, name="controller")
 app.add_typer(cli_schedule.app, name="schedule")
 app.add_typer(cli_cluster.app, name="cluster")
 cli_render.add_to(cli_cluster.app)
+app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(data_app, name="data")
 cli_ablate.add_to(model_app)
 app.add_typer(model_app, name="model")

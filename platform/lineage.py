@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,61 @@ def valid_acceptances(
         for a in sorted(acceptances, key=lambda a: a.number)
         if a.number not in bad and not any(c.incarnation > a.incarnation and c.resumes < a.number for c in claims)
     ]
+
+
+class BrokenLine(ValueError):
+    """Claims and acceptances do not lead from the newest checkpoint back to the run's start; the message says where."""
+
+    def __init__(self, incarnation: int, message: str) -> None:
+        super().__init__(message)
+        self.incarnation = incarnation
+
+
+class Stretch(NamedTuple):
+    """The part of an incarnation that counts: up to the acceptance from which the line goes on."""
+
+    incarnation: int
+    start: Acceptance | None  # that it went on from; None: from scratch
+    accepted: tuple[Acceptance, ...]  # by it, in the order of their numbers; the stretch ends at the last
+
+    @property
+    def begin(self) -> Position:
+        """Where it begins."""
+        return Position(self.start.step, self.start.next_row) if self.start else Position()
+
+    @property
+    def end(self) -> Acceptance:
+        """Where it ends."""
+        return self.accepted[-1]
+
+
+def line(claims: Iterable[Claim], acceptances: Sequence[Acceptance], quarantined: Iterable[int] = ()) -> list[Stretch]:
+    """Returns the line of accepted checkpoints that leads to the newest one that counts, from the run's start on.
+
+    Raises:
+      BrokenLine: a record that it needs is missing, or contradicts another.
+    """
+    claims = list(claims)
+    resumes = {claim.incarnation: claim.resumes for claim in claims}
+    by_number = {a.number: a for a in acceptances}
+    valid = valid_acceptances(claims, acceptances, quarantined)
+    found: list[Stretch] = []
+    end = valid[-1] if valid else None
+    while end is not None:
+        n = end.incarnation
+        if n not in resumes:
+            raise BrokenLine(n, f"acceptance {end.number} is of it, and it never claimed the run")
+        start = by_number.get(resumes[n])
+        if resumes[n] and start is None:
+            raise BrokenLine(n, f"it goes on from acceptance {resumes[n]}, which is not there")
+        if start and start.incarnation >= n:
+            raise BrokenLine(
+                n, f"it goes on from acceptance {start.number}, which incarnation {start.incarnation} wrote"
+            )
+        accepted = (a for a in acceptances if a.incarnation == n and a.number <= end.number)
+        found.append(Stretch(n, start, tuple(sorted(accepted, key=lambda a: a.number))))
+        end = start
+    return found[::-1]
 
 
 def trace(

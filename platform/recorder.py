@@ -1,9 +1,7 @@
-"""Keeps what an incarnation has to tell: a record a step, its events, the chain over the rows it consumed."""
+"""Keeps what an incarnation has to tell: a record a step, its events, and the ledger of the rows it consumed."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from openmoe.pipelines.storage import StorageError
+from openmoe.platform import ledger
 from openmoe.platform.event_files import EventFiles
 from openmoe.platform.journal import Journal
 from openmoe.platform.lineage import Claim, Position
@@ -26,7 +25,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Recorder:
-    """Writes metrics and events of one process; only process 0's metrics are kept, since all are the same.
+    """Writes metrics, ledger and events of one process; the first two only of process 0, since all are the same.
 
     Metrics are read one step late, so that the devices never wait for the host.
     """
@@ -36,6 +35,7 @@ class Recorder:
         self._leads = process == 0
         self._events = Journal(run.at("journal"), incarnation=claim.incarnation, process=process)
         self._metrics = Journal(run.at("metrics"), incarnation=claim.incarnation, process=process)
+        self._ledger = Journal(run.at("ledger"), incarnation=claim.incarnation, process=process)
         self._curves = EventFiles(run.at("tensorboard"), incarnation=claim.incarnation, row_tokens=row_tokens)
         self._report = report
         self._in_flight: tuple[Position, Position, dict[str, Array | float]] | None = None
@@ -85,7 +85,8 @@ class Recorder:
         self._in_flight = None
         values = {name: _to_json(value) for name, value in jax.device_get(metrics).items()}
         rows = [before.next_row, position.next_row]
-        self.ledger_head = _chain(self.ledger_head, position.step, rows, values["batch_checksum"])
+        entry = ledger.trained(self.ledger_head, position, rows[0], values["batch_checksum"])
+        self.ledger_head = entry.digest
         now_s = time.time()
         record = {
             "step": position.step,
@@ -96,6 +97,7 @@ class Recorder:
         }
         self._last_time_s = now_s
         if self._leads:
+            self._ledger.append(ledger.to_json(entry))
             self._metrics.append(record)
             self._curves.append(record)
             self._report(record)
@@ -104,6 +106,7 @@ class Recorder:
 
     def flush(self) -> None:
         """Makes all that was kept so far durable."""
+        self._ledger.flush()
         self._metrics.flush()
         self._events.flush()
         self._curves.flush()
@@ -111,7 +114,3 @@ class Recorder:
 
 def _to_json(value: np.ndarray) -> Any:
     return np.asarray(value).tolist()
-
-
-def _chain(head: str, step: int, rows: list[int], batch_checksum: list[int]) -> str:
-    return hashlib.sha256(json.dumps([head, step, rows, batch_checksum]).encode()).hexdigest()

@@ -6,6 +6,7 @@ accepted/000001.json      created if absent: a checkpoint that counts
 quarantined/000001.json   an acceptance whose checkpoint could not be restored, and why
 checkpoints/000001/<step> Orbax, a folder for each incarnation
 journal/  metrics/        segments (journal.py)
+ledger/                   segments: which rows each step consumed (ledger.py)
 tensorboard/              the metrics as event files (event_files.py)
 data/                     token cache, shards, manifest (unless data.dir says otherwise)
 finished.json             the end of a successful run

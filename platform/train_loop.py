@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from openmoe.model import sharding, step
+from openmoe.model import checksum, sharding, step
 from openmoe.pipelines.loader import Loader
 from openmoe.platform import sampling
 from openmoe.platform.lineage import Claim
@@ -32,7 +32,7 @@ from openmoe.platform.saver import Saver
 from openmoe.platform.spec import RunSpec
 
 DATA_TIMEOUT_S = 2 * 3600.0  # a pass that fails to be built ends the run earlier, with its reason
-BATCH_KEYS = ("input_ids", "target_ids", "loss_weights", "segment_ids", "positions")
+BATCH_KEYS = checksum.KEYS
 
 
 def train(
