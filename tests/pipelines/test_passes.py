@@ -1,5 +1,6 @@
 """Passes of a small build, packed in this process: order and noise of their own, and waiting for a missing one."""
 
+import hashlib
 import json
 import threading
 import time
@@ -95,6 +96,34 @@ def test_identities_of_builds_without_stages_stay_what_they_always_were():
     assert manifest.data_id == "15cca119115d62b79a8465bee3d9cb21"
     assert [s.passes for s in manifest.sources] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
     assert manifests.manifest_path("/d", plain, text, []) == "/d/manifests/4bec624a64bf2b5223bafccf.json"
+
+
+def test_identities_of_builds_with_stages_of_ul2_stay_what_they_always_were():
+    of_sources = (
+        SourceConfig(name="wiki", format="redpajama", paths=("w/*",)),
+        SourceConfig(name="code", format="the_stack", paths=("c/*",)),
+    )
+    of_stages = (
+        StageConfig(until_tokens=5120, weights={"wiki": 1}),
+        StageConfig(weights={"wiki": 1, "code": 3.0}),
+    )
+    staged = DataConfig(tokenizer="builtin:small_8192", seq_len=512, seed=0, sources=of_sources, stages=of_stages)
+    text = tokenizer.load(staged.tokenizer)
+    receipts = {"wiki": [{"tokens_sha256": "11", "tokens": 5}], "code": [{"tokens_sha256": "22", "tokens": 5}]}
+    manifest = manifests.assemble("/d/manifests/x.json", staged, text, receipts)
+    assert manifest.data_id == "62a344f660ae0413be3c8cfe847a8f89"
+    assert [s.passes for s in manifest.sources] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
+    assert manifests.manifest_path("/d", staged, text, []) == "/d/manifests/fae2c236f048b3c01411dc72.json"
+
+
+def test_rows_of_a_build_stay_what_they_always_were(corpus, tmp_path):
+    manifest = tokenized(config(corpus), tmp_path / "data")
+    pack(manifest, 0, 0)
+    pack(manifest, 1, 0)
+    loader = Loader(manifest.path)
+    records = loader.records(0, loader.num_rows)
+    assert manifest.data_id == "5cfd127235399c5b19e4f1ac58635861"
+    assert (len(records), hashlib.sha256(b"".join(records)).hexdigest()[:16]) == (89, "77e965821b19fe7c")
 
 
 def test_stages_are_part_of_what_identifies_the_data(corpus, tmp_path):

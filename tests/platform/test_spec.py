@@ -119,6 +119,17 @@ def test_what_may_change_in_a_running_run_keeps_the_hash(override):
     assert spec.spec_hash(spec.load("quickstart", [override])) == spec.spec_hash(spec.load("quickstart"))
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("quickstart", "05b34be0b2dea21493652520fa8b6fc4a1e08fdfc4baadf4465faf1e985753c8"),
+        ("twin", "d72b93991245d1de5024e3ba9ddee38f1604bb0826c079fcb8d0ab0a90f0c7b2"),
+    ],
+)
+def test_runs_that_began_keep_their_hash(name, digest):
+    assert spec.spec_hash(spec.load(name)) == digest
+
+
 def test_a_resize_keeps_the_hash():
     resize = ["cluster.num_workers=1", "mesh.expert=2"]
     assert spec.spec_hash(spec.load("quickstart", resize)) == spec.spec_hash(spec.load("quickstart"))
