@@ -20,7 +20,7 @@ from openmoe.platform import (
 )
 
 if TYPE_CHECKING:
-    from openmoe.platform.data_summary import SourceSummary
+    from openmoe.platform.data_summary import StreamSummary
 
 app = typer.Typer(
     name="openmoe",
@@ -237,22 +237,22 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "loss",
         "denoisers",
     )
-    for data_id, sources in summaries.items():
-        tables.show(f"data {data_id}", columns, [_source_row(source) for source in sources])
+    for data_id, streams in summaries.items():
+        tables.show(f"data {data_id}", columns, [_stream_row(stream) for stream in streams])
 
 
-def _source_row(source: "SourceSummary") -> tuple[str, ...]:
+def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
     return (
-        source.name,
-        f"{source.share:.2%}",
-        f"{source.documents:,}",
-        f"{source.bad:,}",
-        f"{source.tokens:,}",
-        f"{source.passes}",
-        f"{source.rows:,}",
-        f"{source.fill:.1%}",
-        f"{source.loss:.1%}",
-        " ".join(f"{name} {share:.0%}" for name, share in source.denoisers.items()),
+        stream.name,
+        f"{stream.share:.2%}",
+        f"{stream.documents:,}",
+        f"{stream.bad:,}",
+        f"{stream.tokens:,}",
+        f"{stream.passes}",
+        f"{stream.rows:,}",
+        f"{stream.fill:.1%}",
+        f"{stream.loss:.1%}",
+        " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
     )
 
 

@@ -52,7 +52,10 @@ def test_the_8b_run_file_has_the_settings_of_the_original():
         5000,
     )
     assert (loaded.model.num_experts, loaded.model.group_size, loaded.mesh.expert) == (32, 4096, 32)
-    assert {source.name: source.weight for source in loaded.data.sources} == {
+    first, second = loaded.data.stages
+    assert (first.objective, second.objective) == ("ul2", "next_token")
+    assert (first.until_tokens, second.until_tokens) == (390_000 * 2_097_152, None)
+    assert first.weights == {
         "c4": 15,
         "wikipedia": 4.5,
         "stackexchange": 2,
@@ -62,6 +65,24 @@ def test_the_8b_run_file_has_the_settings_of_the_original():
         "common_crawl": 67,
         "the_stack_dedup": 100,
     }
+    assert second.weights == {
+        "c4": 15,
+        "wikipedia": 13,
+        "stackexchange": 2.5,
+        "arxiv": 4.5,
+        "book": 6.5,
+        "github": 5,
+        "common_crawl": 43.5,
+        "the_stack_dedup": 10,
+    }
+
+
+def test_the_stages_of_the_34b_model_keep_the_third_mixture_and_change_the_objective_after_25_000_steps():
+    first, second = spec.load("openmoe_8b", ["data.stages=openmoe-34b"]).data.stages
+    assert (first.until_tokens, first.objective, second.objective) == (52_428_800_000, "ul2", "next_token")
+    assert first.weights == second.weights
+    assert sum(first.weights.values()) == 100
+    assert (first.weights["the_stack_dedup"], first.weights["github"], first.weights["wikipedia"]) == (30, 5, 7)
 
 
 def test_overrides_win_over_the_file():
@@ -202,7 +223,7 @@ NUM_FIELDS = {
     ModelConfig: 34,
     ExecutionConfig: 4,
     OptimizerConfig: 8,
-    DataConfig: 9,
+    DataConfig: 10,
     SourceConfig: 5,
     StageConfig: 3,
 }
