@@ -188,29 +188,29 @@ def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
 
 
 def pack(built: Passes, wanted: list[tuple[int, int]], report: Report, place: Workplace) -> None:
-    """Packs passes (source, number): those of their groups that have no receipt yet."""
+    """Packs passes (stream, number): those of their groups that have no receipt yet."""
     manifest = built.manifest
     receipts = {each: passes.packed_groups(manifest, *each) for each in wanted}
     num_groups = {each: len(manifest.groups(*each)) for each in wanted}
     tasks = [
-        {"manifest": manifest.path, "source": source, "number": number, "group": group}
-        for source, number in wanted
-        for group in range(num_groups[source, number])
-        if group not in receipts[source, number]
+        {"manifest": manifest.path, "stream": stream, "number": number, "group": group}
+        for stream, number in wanted
+        for group in range(num_groups[stream, number])
+        if group not in receipts[stream, number]
     ]
 
-    def finish(source: int, number: int) -> None:
-        packed = receipts[source, number]
-        if len(packed) == num_groups[source, number]:
-            passes.finish(manifest, source, number, [packed[group] for group in sorted(packed)])
+    def finish(stream: int, number: int) -> None:
+        packed = receipts[stream, number]
+        if len(packed) == num_groups[stream, number]:
+            passes.finish(manifest, stream, number, [packed[group] for group in sorted(packed)])
 
     for each in wanted:
         finish(*each)
     total = sum(num_groups.values())
     for done, receipt in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
-        receipts[receipt["source"], receipt["number"]][receipt["group"]] = receipt
+        receipts[receipt["stream"], receipt["number"]][receipt["group"]] = receipt
         report("pack", done, total, "groups")
-        finish(receipt["source"], receipt["number"])
+        finish(receipt["stream"], receipt["number"])
     built.refresh()
 
 

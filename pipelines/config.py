@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 # The mixture is exact in every block of this many rows; OpenMoE's weights come out whole in it.
 BLOCK_ROWS = 2000
@@ -16,6 +16,9 @@ BLOCK_ROWS = 2000
 MAX_DOCUMENT_BYTES = 128 * 2**20
 
 FORMATS = ("redpajama", "the_stack", "text")
+# How documents become inputs and targets: `ul2` with its six denoisers, `next_token` with every token a target,
+# `prefix_lm` with the last of the six alone.
+Objective = Literal["ul2", "next_token", "prefix_lm"]
 
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -74,14 +77,22 @@ class StageConfig:
     Attributes:
       until_tokens: where it ends, in tokens from the start of the run, whole rows; the last stage has no end.
       weights: shares of the stage's rows by source; a source that is not named, or has 0, is not read in it.
-      objective: how documents become inputs and targets.
+      objective: how documents become inputs and targets: `ul2`, `next_token` or `prefix_lm`. A source begins anew,
+        with passes of its own, under an objective that it was not read with before.
     """
 
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
 
     until_tokens: int | None = None
     weights: Mapping[str, float]
-    objective: Literal["ul2"] = "ul2"
+    objective: Objective = "ul2"
+
+
+class Stream(NamedTuple):
+    """A source under an objective: it has passes, an order and noise of its own."""
+
+    source: int  # index into the sources
+    objective: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +103,12 @@ class DataConfig:
       tokenizer: `builtin:small_8192`, or a path or gs:// URI of a SentencePiece model.
       num_sentinels: ids above the tokenizer's that mark UL2's masked spans.
       seq_len: tokens a row.
-      objective: how documents become inputs and targets.
+      objective: how documents become inputs and targets: `ul2`, `next_token` or `prefix_lm`; `stages` have their own.
+      packing: how `ul2` fills rows: `budgeted` to the last slots, or `reference` as the original did, 67 % full.
       seed: keys every permutation and every noise mask.
       sources: what is mixed.
-      stages: mixtures that follow one another; without them the sources' weights hold for the whole run.
+      stages: mixtures that follow one another, or the name of an original model, whose stages they are then; without
+        them the sources' weights hold for the whole run.
       dedup: `exact` leaves out a document that was there before, byte for byte, in any source; the first stays, in
         the order of `sources`, files and lines.
       validation_share: share of the documents, chosen by their hash, that are kept apart and never trained on.
@@ -108,7 +121,8 @@ class DataConfig:
     tokenizer: str
     num_sentinels: int = 300
     seq_len: int
-    objective: Literal["ul2"] = "ul2"
+    objective: Objective = "ul2"
+    packing: Literal["budgeted", "reference"] = "budgeted"
     seed: int
     sources: tuple[SourceConfig, ...]
     stages: tuple[StageConfig, ...] = ()
@@ -118,8 +132,8 @@ class DataConfig:
     group_tokens: int = 16 * 2**20
 
     def __post_init__(self) -> None:
-        if self.objective != "ul2":
-            raise ValueError(f"objective: ul2, got {self.objective!r}")
+        if self.objective not in get_args(Objective):
+            raise ValueError(f"objective: ul2, next_token or prefix_lm, got {self.objective!r}")
         if not 64 <= self.seq_len <= 32768:
             raise ValueError(f"seq_len: must be in [64, 32768], got {self.seq_len}")
         if self.num_sentinels < self.seq_len // 8:
@@ -136,12 +150,51 @@ class DataConfig:
             raise ValueError(f"validation_share: must be in [0, 0.5], got {self.validation_share}")
         self._check_sources()
         self._check_stages()
+        self._check_packing()
+
+    def streams(self) -> list[Stream]:
+        """Returns what is read: by objective as the stages bring them up, then in the order of `sources`."""
+        if not self.stages:
+            return [Stream(index, self.objective) for index in range(len(self.sources))]
+        read = {(name, stage.objective) for stage in self.stages for name, weight in stage.weights.items() if weight}
+        return [
+            Stream(index, objective)
+            for objective in dict.fromkeys(stage.objective for stage in self.stages)
+            for index, source in enumerate(self.sources)
+            if (source.name, objective) in read
+        ]
+
+    def objective_at(self, tokens: int) -> str:
+        """Returns the objective under which token number `tokens`, counted from 1, is read."""
+        if not self.stages:
+            return self.objective
+        return next(s.objective for s in self.stages if s.until_tokens is None or tokens <= s.until_tokens)
+
+    def stream_names(self) -> list[str]:
+        """Returns names for people: the source's, with the objective where the data has several."""
+        return stream_names([source.name for source in self.sources], self.streams())
 
     def weights_by_stage(self) -> list[tuple[float, ...]]:
-        """Returns the weight of each source, in the order of `sources`, in each stage; one stage if none is given."""
+        """Returns the weight of each stream in each stage; one stage if none is given."""
         if not self.stages:
             return [tuple(source.weight or 0 for source in self.sources)]
-        return [tuple(stage.weights.get(source.name, 0) for source in self.sources) for stage in self.stages]
+        names = [source.name for source in self.sources]
+        return [
+            tuple(
+                stage.weights.get(names[stream.source], 0) if stream.objective == stage.objective else 0
+                for stream in self.streams()
+            )
+            for stage in self.stages
+        ]
+
+    def _check_packing(self) -> None:
+        if self.packing not in ("budgeted", "reference"):
+            raise ValueError(f"packing: budgeted or reference, got {self.packing!r}")
+        if self.packing == "reference" and "ul2" not in {stream.objective for stream in self.streams()}:
+            raise ValueError("packing: reference is a way to pack objective ul2, which is not used; remove it")
+        if self.packing == "reference" and self.seq_len % 2:
+            wanted = "packing reference gives inputs and targets half a row each, an even number"
+            raise ValueError(f"seq_len: {wanted}, got {self.seq_len}")
 
     def without(self, names: Collection[str]) -> DataConfig:
         """Returns the configuration without these sources; raises ValueError when a stage then reads nothing."""
@@ -168,8 +221,10 @@ class DataConfig:
 
     def _check_stages(self) -> None:
         names = [source.name for source in self.sources]
-        for index, (stage, weights) in enumerate(zip(self.stages, self.weights_by_stage(), strict=False)):
-            where = f"stages.{index}.weights"
+        if self.stages and self.objective != "ul2":
+            raise ValueError(f"objective: the objectives are in `stages`; remove this one, got {self.objective!r}")
+        for index, stage in enumerate(self.stages):
+            where, weights = f"stages.{index}.weights", [stage.weights.get(name, 0) for name in names]
             unknown = [name for name in stage.weights if name not in names]
             if unknown:
                 raise ValueError(f"{where}: no source is named {unknown[0]!r}; the sources are {', '.join(names)}")
@@ -179,8 +234,8 @@ class DataConfig:
             if not any(weights):
                 raise ValueError(f"{where}: at least one source needs a weight above 0, got none")
             _check_weights(where, names, weights)
-        for name, weights in zip(names, zip(*self.weights_by_stage(), strict=True), strict=True):
-            if not any(weights):
+        for name in names if self.stages else ():
+            if not any(stage.weights.get(name) for stage in self.stages):
                 raise ValueError(f"sources: {name} has no weight in any stage; give it one or leave it out")
         self._check_ends()
 
@@ -198,6 +253,13 @@ class DataConfig:
         for index, (before, end) in enumerate(itertools.pairwise(ends), 1):
             if before is not None and end is not None and end <= before:
                 raise ValueError(f"stages.{index}.until_tokens: must be > {before}, the end before it, got {end}")
+
+
+def stream_names(sources: Sequence[str], streams: Sequence[Stream]) -> list[str]:
+    """Returns names for people; see `DataConfig.stream_names`."""
+    if len({stream.objective for stream in streams}) == 1:
+        return [sources[stream.source] for stream in streams]
+    return [f"{sources[stream.source]} {stream.objective}" for stream in streams]
 
 
 def _check_weights(where: str, names: Sequence[str], weights: Sequence[float]) -> None:

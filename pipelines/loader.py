@@ -24,7 +24,7 @@ MAX_OPEN_SHARDS = 512  # files; a window of rows lies in far fewer
 class Record(NamedTuple):
     """Where a row is stored."""
 
-    source: int
+    stream: int
     number: int  # of the pass
     group: int
     row: int  # in the group's shard
@@ -73,7 +73,7 @@ class Loader:
         return self._passes.epoch_rows()
 
     def _count_rows(self) -> None:
-        # By source, then by pass, then by group.
+        # By stream, then by pass, then by group.
         self._group_rows = [[[g["rows"] for g in groups] for groups in passes] for passes in self._passes.groups]
         self._num_rows = self._mixture.rows_available(self._passes.total_rows())
 
@@ -109,8 +109,9 @@ class Loader:
 
     def _missing(self) -> str:
         """Returns in words which pass the first row that is not built belongs to."""
-        source = int(self.sources_of(self._num_rows, self._num_rows + 1)[0])
-        return f"pass {len(self._group_rows[source])} of {self.source_names[source]} (global row {self._num_rows})"
+        stream = int(self._mixture.locate(self._num_rows, self._num_rows + 1).stream[0])
+        name = self._manifest.stream_names[stream]
+        return f"pass {len(self._group_rows[stream])} of {name} (global row {self._num_rows})"
 
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
@@ -118,7 +119,8 @@ class Loader:
 
     def sources_of(self, lo: int, hi: int) -> np.ndarray:
         """Returns the source of each global row in [lo, hi), int64[hi - lo], an index into `source_names`."""
-        return self._mixture.locate(lo, hi).source
+        of_streams = np.asarray([stream.source for stream in self._manifest.streams])
+        return of_streams[self._mixture.locate(lo, hi).stream]
 
     def locate(self, lo: int, hi: int) -> list[Record]:
         """Returns where the global rows [lo, hi) are stored."""
@@ -127,11 +129,11 @@ class Loader:
                 f"{self._manifest.path}: rows [{lo}, {hi}) were asked for, [0, {self.num_rows}) are built; "
                 "build more passes"
             )
-        source, row = self._mixture.locate(lo, hi)
+        stream, row = self._mixture.locate(lo, hi)
         found = [Record(0, 0, 0, 0)] * (hi - lo)
-        for index in np.unique(source):
-            of_source = np.flatnonzero(source == index)
-            for at, record in zip(of_source, self._stored(int(index), row[of_source]), strict=True):
+        for index in np.unique(stream):
+            of_stream = np.flatnonzero(stream == index)
+            for at, record in zip(of_stream, self._stored(int(index), row[of_stream]), strict=True):
                 found[at] = record
         return found
 
@@ -163,34 +165,34 @@ class Loader:
         shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
-    def _stored(self, source: int, rows: np.ndarray) -> list[Record]:
-        """Returns where rows of a source, int64[n] counted over its passes, are stored."""
-        pass_ends = np.cumsum([sum(groups) for groups in self._group_rows[source]])
+    def _stored(self, stream: int, rows: np.ndarray) -> list[Record]:
+        """Returns where rows of a stream, int64[n] counted over its passes, are stored."""
+        pass_ends = np.cumsum([sum(groups) for groups in self._group_rows[stream]])
         number = np.searchsorted(pass_ends, rows, side="right")
         found = [Record(0, 0, 0, 0)] * len(rows)
         for current in np.unique(number):
             of_pass = np.flatnonzero(number == current)
-            groups = self._group_rows[source][current]
-            name, seed = self._manifest.sources[source].name, self._manifest.seed
+            groups = self._group_rows[stream][current]
+            name, seed = self._manifest.stream_key(stream), self._manifest.seed
             in_pass = rows[of_pass] - (pass_ends[current] - sum(groups))
             stored = shuffle_pass(in_pass, sum(groups), seed, name, int(current))
             group_ends = np.cumsum(groups)
             group = np.searchsorted(group_ends, stored, side="right")
             in_group = stored - (group_ends - groups)[group]
             for at, g, row in zip(of_pass, group, in_group, strict=True):
-                found[at] = Record(source, int(current), int(g), int(row))
+                found[at] = Record(stream, int(current), int(g), int(row))
         return found
 
-    def _shard(self, source: int, number: int, group: int) -> shards.Shard:
-        key = (source, number, group)
+    def _shard(self, stream: int, number: int, group: int) -> shards.Shard:
+        key = (stream, number, group)
         shard = self._shards.pop(key, None)
         if shard is None:
             if len(self._shards) == MAX_OPEN_SHARDS:
                 del self._shards[next(iter(self._shards))]  # the one not read for the longest time
-            folder = self._manifest.pass_folder(source, number)
+            folder = self._manifest.pass_folder(stream, number)
             shard = shards.Shard(
                 storage.join(folder, f"{group:05d}.array_record"),
-                sha256=self._passes.groups[source][number][group]["sha256"],
+                sha256=self._passes.groups[stream][number][group]["sha256"],
                 cache_dir=self._cache_dir,
             )
         self._shards[key] = shard

@@ -1,7 +1,7 @@
 """What a build consists of: the manifest of the token cache, and the passes that were packed from it.
 
     <data_dir>/tokens/...                              the token cache, shared by all builds
-    <data_dir>/passes/<source>-<key>/0000/...          one pass: a shard and a receipt for each group
+    <data_dir>/passes/<source>-<key>/0000/...          one pass of a stream: a shard and a receipt for each group
     <data_dir>/passes/<source>-<key>/0000/pass.json    the pass is complete; created if absent
     <data_dir>/manifests/<id>.json                     the build; created if absent, after its token cache
 
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import selection, shards, storage, ul2
-from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataConfig, DataError
+from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataConfig, DataError, Stream, stream_names
 from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.permute import Permutation
 from openmoe.pipelines.sources import Unit
@@ -38,12 +38,25 @@ class SourceManifest:
       name: as in the run file.
       weight: share of rows, relative to the other sources'; None where the build has stages.
       units: receipts of the tokenized units, in the order of their files; `split` says what is trained on of each.
-      passes: folder of its passes, below the data directory.
     """
 
     name: str
     weight: float | None
     units: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamManifest:
+    """A source under an objective.
+
+    Attributes:
+      source: index into the build's sources.
+      objective: as in the run file.
+      passes: folder of its passes, below the data directory.
+    """
+
+    source: int
+    objective: str
     passes: str
 
 
@@ -55,6 +68,9 @@ class Manifest:
       path: where this manifest lies.
       data_id: identifies the rows; depends on the documents' tokens and the recipe, not on paths.
       tokenizer: as in the run file.
+      objective: where there are no stages.
+      packing: of the streams with objective ul2.
+      streams: what the mixture mixes; without stages one for each source, in their order.
       stages: none when the sources' weights hold throughout.
       missing: sources of the run file that had no file, and whose rows the others took as it says.
       dedup: as in the run file, like the next.
@@ -70,6 +86,8 @@ class Manifest:
     seed: int
     group_tokens: int
     sources: list[SourceManifest]
+    streams: list[StreamManifest]
+    packing: str = "budgeted"
     stages: tuple[Stage, ...] = ()
     missing: tuple[str, ...] = ()
     dedup: str = "none"
@@ -77,7 +95,7 @@ class Manifest:
 
     @property
     def mixture(self) -> Mixture:
-        """Which source, and which row of it, each global row is."""
+        """Which stream, and which row of it, each global row is."""
         return Mixture(self.stages or one_stage(source.weight or 0 for source in self.sources), self.seed)
 
     @property
@@ -85,14 +103,36 @@ class Manifest:
         """The directory of the build's artefacts."""
         return self.path.rsplit("/", 2)[0]
 
-    def pass_folder(self, source: int, number: int) -> str:
-        """Returns the folder of a pass."""
-        return storage.join(self.data_dir, self.sources[source].passes, f"{number:04d}")
+    @property
+    def stream_names(self) -> list[str]:
+        """Names of the streams for people."""
+        streams = [Stream(stream.source, stream.objective) for stream in self.streams]
+        return stream_names([source.name for source in self.sources], streams)
 
-    def groups(self, source: int, number: int) -> list[list[int]]:
+    @property
+    def first_streams(self) -> list[int]:
+        """The stream that first reads each source: its pass 0 belongs to the epoch."""
+        firsts: dict[int, int] = {}
+        for index, stream in enumerate(self.streams):
+            firsts.setdefault(stream.source, index)
+        return sorted(firsts.values())
+
+    def source_of(self, stream: int) -> SourceManifest:
+        """Returns the source that a stream reads."""
+        return self.sources[self.streams[stream].source]
+
+    def stream_key(self, stream: int) -> str:
+        """Returns the name that keys a stream's order and noise; what no source can be named comes after the space."""
+        recipe = _recipe_name(self.streams[stream].objective, self.packing)
+        return self.source_of(stream).name + ("" if recipe == "ul2" else f" {recipe}")
+
+    def pass_folder(self, stream: int, number: int) -> str:
+        """Returns the folder of a pass."""
+        return storage.join(self.data_dir, self.streams[stream].passes, f"{number:04d}")
+
+    def groups(self, stream: int, number: int) -> list[list[int]]:
         """Returns the units (indices) of each group of a pass: the shuffled units, cut by tokens."""
-        units = self.sources[source].units
-        name = self.sources[source].name
+        units, name = self.source_of(stream).units, self.stream_key(stream)
         groups: list[list[int]] = [[]]
         held = 0
         for unit in Permutation(len(units), "units", self.seed, name, number)(np.arange(len(units))).tolist():
@@ -117,7 +157,7 @@ def manifest_path(
 
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Returns all settings, but those that are as if there was no such choice: older builds keep their names."""
-    added = {"stages": (), "dedup": "none", "validation_share": 0}
+    added = {"stages": (), "packing": "budgeted", "dedup": "none", "validation_share": 0}
     added_to_source = {"missing": "stop", "max_document_bytes": MAX_DOCUMENT_BYTES}
     settings = asdict(config)
     for source in settings["sources"]:
@@ -144,16 +184,17 @@ def assemble(
       missing: sources that were left out.
     """
     vocabulary = tokenizer.vocabulary(config.num_sentinels)
-    recipe = [*_recipe(), tokenizer.fingerprint, vocabulary, config.seq_len, config.objective, config.seed]
-    sources, identities = [], []
-    for source in config.sources:
+    streams, identities = [], []
+    for stream in config.streams():
+        source, recipe = config.sources[stream.source], _recipe_name(stream.objective, config.packing)
+        made_by = [*_recipe(), tokenizer.fingerprint, vocabulary, config.seq_len, recipe, config.seed]
         units = receipts[source.name]
-        identity = [*recipe, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
+        identity = [*made_by, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
         if splits := [unit["split"]["sha256"] for unit in units if "split" in unit]:
             identity.append({"splits": splits})
         identities.append([*identity, source.weight])  # None with stages, which follow
         folder = f"passes/{source.name}-{_digest([*identity, *_formats()])[:16]}"
-        sources.append(SourceManifest(name=source.name, weight=source.weight, units=units, passes=folder))
+        streams.append(StreamManifest(source=stream.source, objective=stream.objective, passes=folder))
     stages = stages_of(config)
     return Manifest(
         path=path,
@@ -165,7 +206,9 @@ def assemble(
         objective=config.objective,
         seed=config.seed,
         group_tokens=config.group_tokens,
-        sources=sources,
+        sources=[SourceManifest(name=s.name, weight=s.weight, units=receipts[s.name]) for s in config.sources],
+        streams=streams,
+        packing=config.packing,
         stages=stages,
         missing=tuple(missing),
         dedup=config.dedup,
@@ -195,14 +238,22 @@ def load(path: str) -> Manifest:
         fields = json.loads(storage.read_bytes(path))
         vocabulary = fields.pop("vocabulary")
         vocabulary["prompts"] = {mode: tuple(ids) for mode, ids in vocabulary["prompts"].items()}
-        sources = [SourceManifest(**source) for source in fields.pop("sources")]
+        of_sources = fields.pop("sources")
+        if "streams" not in fields:  # from before there were several objectives
+            passes = [source.pop("passes") for source in of_sources]
+            old = [{"source": n, "objective": fields["objective"], "passes": p} for n, p in enumerate(passes)]
+            fields["streams"] = old
+        sources = [SourceManifest(**source) for source in of_sources]
+        streams = [StreamManifest(**stream) for stream in fields.pop("streams")]
         stages = tuple(Stage(end, tuple(weights)) for end, weights in fields.pop("stages", ()))
-        missing = tuple(fields.pop("missing", ()))
-        return Manifest(
-            path=path, vocabulary=Vocabulary(**vocabulary), sources=sources, stages=stages, missing=missing, **fields
-        )
+        fields["vocabulary"], fields["missing"] = Vocabulary(**vocabulary), tuple(fields.pop("missing", ()))
+        return Manifest(path=path, sources=sources, streams=streams, stages=stages, **fields)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a manifest of this version ({error}); delete it and build again") from error
+
+
+def _recipe_name(objective: str, packing: str) -> str:
+    return "ul2 reference" if (objective, packing) == ("ul2", "reference") else objective
 
 
 def _recipe() -> list[Any]:

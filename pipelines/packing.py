@@ -22,15 +22,22 @@ MAX_SLACK = 2  # slots: one more span costs a token and two sentinels
 LOOK_AHEAD = 64  # documents among which one is sought that fills a row well
 ROWS_AT_ONCE = 128  # rows whose noise is drawn together: their arrays stay in the cache
 
+# What a piece can be: the six denoisers, and plain text to be predicted. Stored in shards: add at the end alone.
+KINDS = (*(denoiser.name for denoiser in ul2.DENOISERS), "next_token")
+NEXT_TOKEN = len(ul2.DENOISERS)
+
 
 class Pieces(NamedTuple):
-    """Which part of which document goes where; int64[S] each, in row order."""
+    """Which part of which document goes where; int64[S] each, in row order.
+
+    A segment of several documents is a piece for each of them: the first has its slots, those after it have none.
+    """
 
     row: np.ndarray
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    kind: np.ndarray  # index into ul2.DENOISERS
+    kind: np.ndarray  # index into KINDS
 
 
 class Row(NamedTuple):
@@ -38,8 +45,8 @@ class Row(NamedTuple):
 
     tokens: np.ndarray  # uint32[used]
     pieces: Pieces
-    num_inputs: np.ndarray  # int64[segments]
-    num_targets: np.ndarray  # int64[segments]
+    num_inputs: np.ndarray  # int64[pieces]
+    num_targets: np.ndarray  # int64[pieces]
 
 
 class Budget:
@@ -69,9 +76,11 @@ class Budget:
         return left - MIN_PIECE if left >= 2 * MIN_PIECE else min(longest, left - 2)
 
 
-def plan(lengths: np.ndarray, seq_len: int, vocabulary: Vocabulary, *key: int | str) -> Pieces:
+def plan(
+    lengths: np.ndarray, seq_len: int, vocabulary: Vocabulary, *key: int | str, shares: np.ndarray = ul2.TENTHS
+) -> Pieces:
     """Cuts documents, int64[n] of at least 2 tokens, into pieces and places them into rows, in order."""
-    budget, kinds = Budget(seq_len, vocabulary), _kinds(*key)
+    budget, kinds = Budget(seq_len, vocabulary), draw_kinds(shares, *key)
     unread = ((document, 0, left) for document, left in enumerate(lengths.tolist()))
     waiting = list(itertools.islice(unread, LOOK_AHEAD))  # (document, start, tokens left)
     pieces: list[tuple[int, int, int, int, int]] = []
@@ -99,16 +108,21 @@ def _choose(waiting: list[tuple[int, int, int]], budget: Budget, kind: int, room
     return 0, budget.forced(kind, waiting[0][2], room)
 
 
-def _kinds(*key: int | str) -> Iterator[int]:
-    """Yields denoisers in their shares, for ever."""
+def draw_kinds(shares: np.ndarray, *key: int | str) -> Iterator[int]:
+    """Yields denoisers for ever, each entry of `shares` equally likely."""
     stream = raw_stream("denoisers", *key)
     while True:
-        draws = (stream.random_raw(4096) >> np.uint64(32)) * np.uint64(len(ul2.TENTHS)) >> np.uint64(32)
-        yield from ul2.TENTHS[draws.astype(np.int64)].tolist()
+        draws = (stream.random_raw(4096) >> np.uint64(32)) * np.uint64(len(shares)) >> np.uint64(32)
+        yield from shares[draws.astype(np.int64)].tolist()
 
 
 def rows(
-    tokens: np.ndarray, lengths: np.ndarray, seq_len: int, vocabulary: Vocabulary, *key: int | str
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    seq_len: int,
+    vocabulary: Vocabulary,
+    *key: int | str,
+    shares: np.ndarray = ul2.TENTHS,
 ) -> Iterator[Row]:
     """Packs documents into rows and draws their noise.
 
@@ -118,8 +132,9 @@ def rows(
       seq_len: slots a row.
       vocabulary: the ids of prompts, EOS and sentinels.
       key: names the randomness; the rows are a pure function of all arguments.
+      shares: denoisers, of which each entry is equally likely for a piece.
     """
-    pieces = plan(lengths, seq_len, vocabulary, *key)
+    pieces = plan(lengths, seq_len, vocabulary, *key, shares=shares)
     stream = raw_stream("noise", *key)
     first_token = np.cumsum(lengths) - lengths
     num_rows = int(pieces.row[-1]) + 1 if len(pieces.row) else 0
@@ -129,10 +144,11 @@ def rows(
         part = Pieces(*(field[bounds[lo] : bounds[hi]] for field in pieces))
         drawn = tokens[ul2.ranges(first_token[part.document] + part.start, part.length)]
         segments = ul2.corrupt(drawn, part.length, part.kind, stream.random_raw(len(drawn)), vocabulary)
-        yield from _split(part, segments, bounds[lo : hi + 1] - bounds[lo])
+        yield from split(part, segments, bounds[lo : hi + 1] - bounds[lo])
 
 
-def _split(part: Pieces, segments: ul2.Segments, bounds: np.ndarray) -> Iterator[Row]:
+def split(part: Pieces, segments: ul2.Segments, bounds: np.ndarray) -> Iterator[Row]:
+    """Yields rows: the pieces from each of `bounds` to the next one."""
     ends = np.concatenate([[0], np.cumsum(segments.num_inputs + segments.num_targets)])
     for first, last in itertools.pairwise(bounds.tolist()):
         yield Row(

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module  # ty: ignore[missing-module-member]
 
-from openmoe.pipelines import storage, ul2
+from openmoe.pipelines import packing, storage
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.packing import Row
 
 VERSION = 1
 WRITER_OPTIONS = "group_size:1,zstd:1"
-# Unit is an index into the source's units in the manifest, document and start count from that unit's first.
+# Denoiser is an index into packing.KINDS. Unit is an index into the source's units in the manifest, document and start
+# count from that unit's first. An entry without inputs and targets: the segment before it runs on into this text.
 SEGMENT = np.dtype([(name, "<u4") for name in ("inputs", "targets", "denoiser", "unit", "document", "start", "length")])
 _HEADER = struct.Struct("<BBHI")
 
@@ -71,7 +72,7 @@ class _Statistics:
 
     def __init__(self) -> None:
         self.rows = self.slots_used = self.loss_slots = self.raw_tokens = 0
-        self.pieces = np.zeros(len(ul2.DENOISERS), np.int64)
+        self.pieces = np.zeros(len(packing.KINDS), np.int64)
 
     def add(self, row: Row, origin: np.ndarray) -> np.ndarray:
         """Counts a row and returns its SEGMENT table."""
@@ -83,17 +84,19 @@ class _Statistics:
         self.slots_used += len(row.tokens)
         self.loss_slots += int(row.num_targets.sum())
         self.raw_tokens += int(row.pieces.length.sum())
-        self.pieces += np.bincount(row.pieces.kind, minlength=len(self.pieces))
+        kinds = row.pieces.kind[row.num_inputs + row.num_targets > 0]
+        self.pieces += np.bincount(kinds, minlength=len(self.pieces))
         return segments
 
     def counts(self) -> dict[str, Any]:
-        pieces = {d.name: int(n) for d, n in zip(ul2.DENOISERS, self.pieces, strict=True)}
+        pieces = dict(zip(packing.KINDS, self.pieces.tolist(), strict=True))
+        is_text = pieces.pop("next_token")
         return {
             "rows": self.rows,
             "slots_used": self.slots_used,
             "loss_slots": self.loss_slots,
             "raw_tokens": self.raw_tokens,
-            "pieces": pieces,
+            "pieces": {"next_token": is_text} if is_text else pieces,
         }
 
 
@@ -113,13 +116,14 @@ class Shard:
 def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:
     """Returns the arrays that a trainer wants, [rows, seq_len] int32; loss_weights float32.
 
-    Within a segment the inputs are the targets shifted by one, with 0 at its start. Loss is on targets.
+    Within a segment the input ids are its inputs and targets shifted by one, with 0 at its start. Loss is on targets.
     """
     keys = ("input_ids", "target_ids", "segment_ids", "positions")
     arrays = {key: np.zeros((len(records), seq_len), np.int32) for key in keys}
     weights = np.zeros((len(records), seq_len), np.float32)
     for row, record in enumerate(records):
         tokens, segments = decode(record)
+        segments = segments[segments["inputs"] + segments["targets"] > 0]
         used = len(tokens)
         inputs, targets = segments["inputs"].astype(np.int64), segments["targets"].astype(np.int64)
         ends = np.cumsum(inputs + targets)

@@ -1,6 +1,6 @@
-"""Builds a run's data: what it needs to begin, then, while it trains, each source's coming pass.
+"""Builds a run's data: what it needs to begin, then, while it trains, each stream's coming pass.
 
-A thread of the driver keeps of each source the pass that is being read and the one after it ready, until the run's
+A thread of the driver keeps of each stream the pass that is being read and the one after it ready, until the run's
 last row is covered. The loaders of the training workers find a finished pass by themselves, and wait if they must.
 """
 
@@ -38,7 +38,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
-        firsts = [(source, 0) for source, finished in enumerate(built.groups) if not finished]
+        firsts = [(stream, 0) for stream in manifest.first_streams if not built.groups[stream]]
         build.pack(built, firsts, report, place)
     spec = run_length.resolved(spec, built.epoch_rows())
     row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows

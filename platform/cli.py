@@ -21,7 +21,7 @@ from openmoe.platform import (
 )
 
 if TYPE_CHECKING:
-    from openmoe.platform.data_summary import SourceSummary
+    from openmoe.platform.data_summary import StreamSummary
 
 app = typer.Typer(
     name="openmoe",
@@ -240,25 +240,25 @@ def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> N
         "loss",
         "denoisers",
     )
-    for manifest, sources in zip(found, summaries.values(), strict=True):
+    for manifest, streams in zip(found, summaries.values(), strict=True):
         without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
-        tables.show(f"data {manifest.data_id}{without}", columns, [_source_row(source) for source in sources])
+        tables.show(f"data {manifest.data_id}{without}", columns, [_stream_row(stream) for stream in streams])
 
 
-def _source_row(source: "SourceSummary") -> tuple[str, ...]:
+def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
     return (
-        source.name,
-        f"{source.share:.2%}",
-        f"{source.documents:,}",
-        f"{source.bad:,}",
-        f"{source.duplicates:,}",
-        f"{source.validation:,}",
-        f"{source.tokens:,}",
-        f"{source.passes}",
-        f"{source.rows:,}",
-        f"{source.fill:.1%}",
-        f"{source.loss:.1%}",
-        " ".join(f"{name} {share:.0%}" for name, share in source.denoisers.items()),
+        stream.name,
+        f"{stream.share:.2%}",
+        f"{stream.documents:,}",
+        f"{stream.bad:,}",
+        f"{stream.duplicates:,}",
+        f"{stream.validation:,}",
+        f"{stream.tokens:,}",
+        f"{stream.passes}",
+        f"{stream.rows:,}",
+        f"{stream.fill:.1%}",
+        f"{stream.loss:.1%}",
+        " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a data build consists of, source by source: its manifest and the receipts of its passes."""
+"""What a data build consists of, stream by stream: its manifest and the receipts of its passes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from openmoe.pipelines.manifest import Manifest, SourceManifest
 from openmoe.pipelines.passes import Passes
 
 
-class SourceSummary(NamedTuple):
-    """One source of a build.
+class StreamSummary(NamedTuple):
+    """One stream of a build.
 
     Attributes:
+      name: of its source, with the objective where the build has several.
       share: of the mixture's rows; where it has stages, of those that are built.
-      documents: those that every pass contains.
+      documents: usable ones of the source that every pass contains.
       bad: unusable ones.
       duplicates: usable ones left out because they were there before.
       validation: usable ones kept apart.
@@ -25,7 +26,7 @@ class SourceSummary(NamedTuple):
       rows: of all finished passes.
       fill: share of the rows' tokens that are not padding.
       loss: share of the rows' tokens that carry loss.
-      denoisers: share of the pieces, by UL2's denoisers.
+      denoisers: share of the pieces, by UL2's denoisers; those that no piece has are left out.
     """
 
     name: str
@@ -57,7 +58,7 @@ def builds(config: DataConfig, data_dir: str) -> list[Manifest]:
 
 
 def _matches(manifest: Manifest, config: DataConfig) -> bool:
-    fields = ("tokenizer", "seq_len", "objective", "seed", "group_tokens", "dedup", "validation_share")
+    fields = ("tokenizer", "seq_len", "objective", "packing", "seed", "group_tokens", "dedup", "validation_share")
     same = all(getattr(manifest, field) == getattr(config, field) for field in fields)
     if manifest.missing:
         may_be = {source.name for source in config.sources if source.missing == "renormalize"}
@@ -66,16 +67,18 @@ def _matches(manifest: Manifest, config: DataConfig) -> bool:
         config = config.without(manifest.missing)
     mixture = [(source.name, source.weight) for source in config.sources]
     built = [(source.name, source.weight) for source in manifest.sources]
-    return same and built == mixture and manifest.stages == manifests.stages_of(config)
+    streams = [(stream.source, stream.objective) for stream in manifest.streams]
+    mixed = built == mixture and streams == config.streams() and manifest.stages == manifests.stages_of(config)
+    return same and mixed
 
 
-def summarize(manifest: Manifest) -> list[SourceSummary]:
-    """Returns the sources of a build, in the order of the run file."""
+def summarize(manifest: Manifest) -> list[StreamSummary]:
+    """Returns the streams of a build, in the order in which the run file brings them up."""
     passes = Passes(manifest)
     shares = _shares(manifest, passes)
     return [
-        _source(source, passes.groups[index], share=shares[index], seq_len=manifest.seq_len)
-        for index, source in enumerate(manifest.sources)
+        _stream(name, manifest.source_of(index), passes.groups[index], share=shares[index], seq_len=manifest.seq_len)
+        for index, name in enumerate(manifest.stream_names)
     ]
 
 
@@ -87,15 +90,17 @@ def _shares(manifest: Manifest, passes: Passes) -> list[float]:
     return [int(needed) / max(rows, 1) for needed in manifest.mixture.rows_needed(rows)]
 
 
-def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share: float, seq_len: int) -> SourceSummary:
+def _stream(
+    name: str, source: SourceManifest, passes: list[list[dict[str, Any]]], *, share: float, seq_len: int
+) -> StreamSummary:
     groups = [group for groups in passes for group in groups]
     rows = sum(group["rows"] for group in groups)
     slots = max(rows * seq_len, 1)
-    names = groups[0]["pieces"] if groups else ()
-    pieces = {name: sum(group["pieces"][name] for group in groups) for name in names}
+    kinds = groups[0]["pieces"] if groups else ()
+    pieces = {kind: sum(group["pieces"][kind] for group in groups) for kind in kinds}
     num_pieces = max(sum(pieces.values()), 1)
-    return SourceSummary(
-        name=source.name,
+    return StreamSummary(
+        name=name,
         share=share,
         documents=sum(selection.count(unit, "train") for unit in source.units),
         bad=sum(sum(unit["bad"].values()) for unit in source.units),
@@ -106,5 +111,5 @@ def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share
         rows=rows,
         fill=sum(group["slots_used"] for group in groups) / slots,
         loss=sum(group["loss_slots"] for group in groups) / slots,
-        denoisers={name: count / num_pieces for name, count in pieces.items()},
+        denoisers={kind: count / num_pieces for kind, count in pieces.items() if count},
     )

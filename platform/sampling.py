@@ -21,16 +21,20 @@ SAMPLING = sample.Sampling(temperature=0.7)
 def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: Recorder) -> None:
     """Samples `train.sample_tokens` tokens for each prompt and journals the texts; all processes must call it.
 
-    A prompt takes UL2's prefix form, as trained: mode prompt "[S2S] ", text, EOS, then the continuation.
+    A prompt takes the form in which the run's last rows had it: plain text after next-token prediction, else UL2's
+    prefix form, which is mode prompt "[S2S] ", text, EOS, then the continuation.
     """
     if spec.train.sample_tokens == 0:
         return
     model = tokenizer.load(spec.data.tokenizer)
     vocabulary = model.vocabulary(spec.data.num_sentinels)
+    prompts = [ids.tolist() for ids in model.encode(list(PROMPTS))]
+    if spec.data.objective_at(int(state.step) * spec.train.batch_rows * spec.data.seq_len) != "next_token":
+        prompts = [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in prompts]
     drawn = sample.stream(
         state.params,
         spec.model,
-        [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in model.encode(list(PROMPTS))],
+        prompts,
         spec.train.sample_tokens,
         sampling=SAMPLING,
         eos_id=vocabulary.eos_id,

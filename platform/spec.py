@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConfig, OptimizerConfig
 from openmoe.pipelines.config import DataConfig
+from openmoe.pipelines.stage_presets import STAGE_PRESETS
 from openmoe.platform import spec_checks, spec_source, spec_yaml
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
 from openmoe.platform.spec_sections import BudgetsConfig, ClusterConfig, MeshConfig, Section, TrainConfig
@@ -77,6 +78,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
     for override in overrides:
         source.override(override)
     problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
+    problems += _resolve_stages(source.values)
     refused = {problem.path for problem in problems}
     try:
         spec = RunSpec.model_validate_json(json.dumps(source.values))
@@ -112,6 +114,8 @@ def mathematics(spec: RunSpec) -> dict[str, Any]:
     # Runs from before there were these settings keep their hash.
     if not spec.data.stages:
         del values["data"]["stages"]
+    if spec.data.packing == "budgeted":
+        del values["data"]["packing"]
     for field in fields(ModelConfig):
         if field.name in LATER_MODEL_FIELDS and values["model"][field.name] == field.default:
             del values["model"][field.name]
@@ -136,6 +140,8 @@ def json_schema() -> dict[str, Any]:
     preset = {"enum": list(PRESETS), "description": "Where the fields not given here come from."}
     model["properties"] = {"preset": preset, **model["properties"]}
     model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required")}]
+    stages = data["properties"]["stages"]
+    stages["anyOf"] = [{"type": stages.pop("type")}, {"enum": list(STAGE_PRESETS)}]
     del data["properties"]["seed"]
     data["required"].remove("seed")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "OpenMoE run file"}
@@ -169,6 +175,18 @@ def _resolve_preset(values: dict[str, Any]) -> list[Problem]:
         missing = ", ".join(sorted(required - model.keys()))
         return [Problem("model", f"missing {missing}; add them, or `preset:` (one of {', '.join(PRESETS)})")]
     return [Problem("model.preset", f"no preset {show(preset)}; {did_you_mean(str(preset), PRESETS)}")]
+
+
+def _resolve_stages(values: dict[str, Any]) -> list[Problem]:
+    """Replaces the name of a model's stages by the stages."""
+    data = values.get("data")
+    name = data.get("stages") if isinstance(data, dict) else None
+    if not isinstance(name, str):
+        return []
+    if name not in STAGE_PRESETS:
+        return [Problem("data.stages", f"no stages {show(name)}; {did_you_mean(name, STAGE_PRESETS)}")]
+    values["data"]["stages"] = STAGE_PRESETS[name]
+    return []
 
 
 def _share_seed(values: dict[str, Any]) -> list[Problem]:

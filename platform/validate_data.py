@@ -18,8 +18,9 @@ from openmoe.platform.facts import Fact, Section, count, short
 from openmoe.platform.spec import RunSpec
 
 # UL2 rows of 2,048 tokens hold 1,920 to 1,933 tokens of text, whichever the corpus; the rest are prompts,
-# sentinels and ends.
-TEXT_SHARE_OF_ROW = 0.94
+# sentinels and ends. Packed as the original did it, they hold 1,280.
+TEXT_SHARE_OF_ROW = {"ul2": 0.94, "prefix_lm": 0.99, "next_token": 1.0}
+TEXT_SHARE_OF_REFERENCE_ROW = 0.625
 
 
 def find_built(spec: RunSpec) -> Passes | None:
@@ -67,21 +68,27 @@ def _epochs(spec: RunSpec, steps: int, epoch_rows: int) -> Fact:
 
 
 def rows(spec: RunSpec) -> tuple[Fact, ...]:
-    """Returns how many rows the run reads of each source, if its steps are known."""
-    total, sources = _total_rows(spec), spec.data.sources
+    """Returns how many rows the run reads of each stream, if its steps are known."""
+    total, names = _total_rows(spec), spec.data.stream_names()
     if total is None:
         return ()
     needed = _mixture(spec).rows_needed(total).tolist()
-    text_tokens = [num_rows * spec.data.seq_len * TEXT_SHARE_OF_ROW for num_rows in needed]
+    shares = [_text_share(spec, stream.objective) for stream in spec.data.streams()]
+    text_tokens = [n * spec.data.seq_len * share for n, share in zip(needed, shares, strict=True)]
     shards = sum(math.ceil(tokens / spec.data.group_tokens) for tokens in text_tokens)
     return (
         count("rows", total, "steps x rows a step"),
         *(
-            count(f"rows_{source.name}", n, f"{n / total:.2%} of the rows, {short(tokens)} tokens of text")
-            for source, n, tokens in zip(sources, needed, text_tokens, strict=True)
+            count(f"rows_{_key(name)}", n, f"{n / total:.2%} of the rows, {short(tokens)} tokens of text")
+            for name, n, tokens in zip(names, needed, text_tokens, strict=True)
         ),
         count("expected_shards", shards, "estimate, at least: a source that ends before starts its next pass"),
     )
+
+
+def _text_share(spec: RunSpec, objective: str) -> float:
+    is_reference = (objective, spec.data.packing) == ("ul2", "reference")
+    return TEXT_SHARE_OF_REFERENCE_ROW if is_reference else TEXT_SHARE_OF_ROW[objective]
 
 
 def stages(spec: RunSpec) -> list[Section]:
@@ -91,7 +98,8 @@ def stages(spec: RunSpec) -> list[Section]:
     total, start, sections = _total_rows(spec), 0, []
     for number, stage in enumerate(_stages(spec)):
         end = total if stage.end is None else stage.end
-        facts = [_span(spec, start, end)]
+        objective = spec.data.stages[number].objective
+        facts = [_span(spec, start, end), Fact("objective", objective, objective)]
         if end is not None:
             rows = max(end - start, 0)
             facts.append(count("tokens", rows * spec.data.seq_len, f"{rows:,} rows"))
@@ -111,16 +119,14 @@ def _span(spec: RunSpec, start_row: int, end_row: int | None) -> Fact:
 
 
 def _shares(spec: RunSpec, stage: int) -> tuple[Fact, ...]:
-    weights = spec.data.weights_by_stage()[stage]
-    shares = [weight / sum(weights) for weight in weights]
-    return tuple(
-        Fact(f"share_{source.name}", share, f"{share:.2%}", "of the rows")
-        for source, share in zip(spec.data.sources, shares, strict=True)
-    )
+    of_stage = spec.data.stages[stage].weights if spec.data.stages else {}
+    weights = {s.name: of_stage.get(s.name, 0) if s.weight is None else s.weight for s in spec.data.sources}
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    return tuple(Fact(f"share_{name}", share, f"{share:.2%}", "of the rows") for name, share in shares.items())
 
 
 def passes_reached(spec: RunSpec, built: Passes | None) -> list[Section]:
-    """Returns how often the run reads each source, if its data is built and its steps are known."""
+    """Returns how often the run reads each stream, if its data is built and its steps are known."""
     total = _total_rows(spec)
     if built is None or total is None:
         return []
@@ -128,16 +134,20 @@ def passes_reached(spec: RunSpec, built: Passes | None) -> list[Section]:
     return [Section("passes", tuple(_reached(built, index, n) for index, n in enumerate(needed)))]
 
 
-def _reached(built: Passes, source: int, num_rows: int) -> Fact:
-    name, passes = built.manifest.sources[source].name, built.rows(source)
+def _reached(built: Passes, stream: int, num_rows: int) -> Fact:
+    key, passes = f"passes_{_key(built.manifest.stream_names[stream])}", built.rows(stream)
     if not passes:
-        return Fact(f"passes_{name}", None, "not built", f"{num_rows:,} rows are read")
+        return Fact(key, None, "not built", f"{num_rows:,} rows are read")
     left, reached = num_rows, 0.0
     for size in passes:
         reached += min(left / size, 1)
         left -= min(left, size)
     reached += left / passes[-1]
-    return Fact(f"passes_{name}", reached, f"{reached:.2f}", f"of {passes[0]:,} rows; {len(passes)} built")
+    return Fact(key, reached, f"{reached:.2f}", f"of {passes[0]:,} rows; {len(passes)} built")
+
+
+def _key(stream_name: str) -> str:
+    return stream_name.replace(" ", "_")
 
 
 def _total_rows(spec: RunSpec) -> int | None:

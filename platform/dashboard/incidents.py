@@ -89,14 +89,17 @@ def stages(run: RunFollower) -> list[Stage]:
     configured = run.record.get("spec", {}).get("data", {}).get("stages") or ()
     tokens = run.tokens_per_step or 1
     return [
-        Stage(number=n, first_step=before["until_tokens"] // tokens + 1, mixture=_mixture(stage["weights"]))
+        Stage(number=n, first_step=before["until_tokens"] // tokens + 1, mixture=_mixture(stage))
         for n, (before, stage) in enumerate(pairwise(configured), start=2)
     ]
 
 
-def _mixture(weights: Mapping[str, float]) -> str:
+def _mixture(stage: Mapping[str, Any]) -> str:
+    weights = stage["weights"]
     total = sum(weights.values())
-    return ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight)
+    mixture = ", ".join(f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight)
+    objective = stage.get("objective", "ul2")
+    return mixture if objective == "ul2" else f"{objective}: {mixture}"
 
 
 def incarnations(run: RunFollower) -> list[Incarnation]:

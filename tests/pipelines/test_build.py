@@ -118,7 +118,7 @@ def test_rows_follow_the_weights_and_come_from_the_source_that_is_named(built, t
     assert loader.source_names == ["wikipedia", "common_crawl", "the_stack"]
     shares = np.bincount(loader.sources_of(0, 700)) / 700
     np.testing.assert_allclose(shares, [0.125, 0.25, 0.625], atol=0.05)
-    assert [record.source for record in loader.locate(0, 50)] == loader.sources_of(0, 50).tolist()
+    assert [record.stream for record in loader.locate(0, 50)] == loader.sources_of(0, 50).tolist()
 
 
 def test_each_pass_holds_every_token_of_every_document_once_with_its_own_noise(built):
@@ -150,7 +150,7 @@ def test_a_row_can_be_traced_to_its_documents(built, tmp_path):
         tokens, segments = shards.decode(record)
         at = 0
         for segment in segments:
-            unit = manifest.sources[where.source].units[segment["unit"]]
+            unit = manifest.source_of(where.stream).units[segment["unit"]]
             cached = token_cache.read(storage.join(manifest.data_dir, "tokens"), unit["key"], sha256=unit["sha256"])
             first = cached.lengths[: segment["document"]].sum() + segment["start"]
             piece = cached.tokens[first : first + segment["length"]]

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from openmoe.pipelines.config import DataConfig, SourceConfig
+from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
 
 SOURCE = {"name": "c4", "format": "redpajama", "paths": ("c4/*.jsonl",), "weight": 1.0}
 DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources": (SourceConfig(**SOURCE),)}
@@ -30,7 +30,12 @@ def test_a_source_that_makes_no_sense_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "t5"}, "objective: ul2, got 't5'"),
+        ({"objective": "t5"}, "objective: ul2, next_token or prefix_lm, got 't5'"),
+        ({"packing": "tight"}, "packing: budgeted or reference, got 'tight'"),
+        (
+            {"packing": "reference", "seq_len": 513},
+            "seq_len: packing reference gives inputs and targets half a row each, an even number, got 513",
+        ),
         ({"seq_len": 63}, r"seq_len: must be in \[64, 32768\], got 63"),
         ({"seq_len": 2048, "num_sentinels": 255}, "num_sentinels: 2048 tokens can hold 256 masked spans, each"),
         ({"dedup": "minhash"}, "dedup: none or exact, got 'minhash'"),
@@ -57,3 +62,35 @@ def test_config_and_storage_import_nothing_heavy(module):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+STAGED = DataConfig(
+    **DATA | {"sources": tuple(SourceConfig(**SOURCE | {"name": name, "weight": None}) for name in ("a", "b", "c"))},
+    stages=(
+        StageConfig(until_tokens=5120, weights={"b": 1, "a": 2}),
+        StageConfig(until_tokens=10240, weights={"c": 1, "a": 0}, objective="next_token"),
+        StageConfig(weights={"c": 3, "b": 1}),
+    ),
+)
+
+
+def test_streams_come_in_the_order_of_objectives_then_of_sources():
+    assert STAGED.streams() == [(0, "ul2"), (1, "ul2"), (2, "ul2"), (2, "next_token")]
+    assert STAGED.stream_names() == ["a ul2", "b ul2", "c ul2", "c next_token"]
+    assert STAGED.weights_by_stage() == [(2, 1, 0, 0), (0, 0, 0, 1), (0, 1, 3, 0)]
+
+
+def test_the_objective_of_a_token_is_that_of_its_stage():
+    assert [STAGED.objective_at(token) for token in (1, 5120, 5121, 10240, 10241)] == [
+        "ul2",
+        "ul2",
+        "next_token",
+        "next_token",
+        "ul2",
+    ]
+    assert DataConfig(**DATA, objective="prefix_lm").objective_at(10**12) == "prefix_lm"
+
+
+def test_with_one_objective_streams_are_the_sources():
+    plain = DataConfig(**DATA)
+    assert (plain.streams(), plain.stream_names(), plain.weights_by_stage()) == ([(0, "ul2")], ["c4"], [(1.0,)])

@@ -96,7 +96,7 @@ def test_in_stages_too_the_rows_needed_are_exactly_those_that_serve(stages, seed
     assert needed.tolist() == np.bincount(source, minlength=len(needed)).tolist()
     available = mixture.rows_available(needed)
     assert available == num_rows
-    plenty = needed + 1000 * (np.arange(len(needed)) != mixture.locate(num_rows, num_rows + 1).source[0])
+    plenty = needed + 1000 * (np.arange(len(needed)) != mixture.locate(num_rows, num_rows + 1).stream[0])
     assert mixture.rows_available(plenty) == num_rows
 
 

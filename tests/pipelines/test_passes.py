@@ -1,11 +1,17 @@
 """Passes of a small build, packed in this process: order and noise of their own, and waiting for a missing one."""
 
+import hashlib
+import itertools
 import json
+import tempfile
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from openmoe.pipelines import loader as loaders
 from openmoe.pipelines import manifest as manifests
@@ -93,8 +99,36 @@ def test_identities_of_builds_without_stages_stay_what_they_always_were():
     receipts = {"wiki": [{"tokens_sha256": "11", "tokens": 5}], "code": [{"tokens_sha256": "22", "tokens": 5}]}
     manifest = manifests.assemble("/d/manifests/x.json", plain, text, receipts)
     assert manifest.data_id == "15cca119115d62b79a8465bee3d9cb21"
-    assert [s.passes for s in manifest.sources] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
+    assert [s.passes for s in manifest.streams] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
     assert manifests.manifest_path("/d", plain, text, []) == "/d/manifests/4bec624a64bf2b5223bafccf.json"
+
+
+def test_identities_of_builds_with_stages_of_ul2_stay_what_they_always_were():
+    of_sources = (
+        SourceConfig(name="wiki", format="redpajama", paths=("w/*",)),
+        SourceConfig(name="code", format="the_stack", paths=("c/*",)),
+    )
+    of_stages = (
+        StageConfig(until_tokens=5120, weights={"wiki": 1}),
+        StageConfig(weights={"wiki": 1, "code": 3.0}),
+    )
+    staged = DataConfig(tokenizer="builtin:small_8192", seq_len=512, seed=0, sources=of_sources, stages=of_stages)
+    text = tokenizer.load(staged.tokenizer)
+    receipts = {"wiki": [{"tokens_sha256": "11", "tokens": 5}], "code": [{"tokens_sha256": "22", "tokens": 5}]}
+    manifest = manifests.assemble("/d/manifests/x.json", staged, text, receipts)
+    assert manifest.data_id == "62a344f660ae0413be3c8cfe847a8f89"
+    assert [s.passes for s in manifest.streams] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
+    assert manifests.manifest_path("/d", staged, text, []) == "/d/manifests/fae2c236f048b3c01411dc72.json"
+
+
+def test_rows_of_a_build_stay_what_they_always_were(corpus, tmp_path):
+    manifest = tokenized(config(corpus), tmp_path / "data")
+    pack(manifest, 0, 0)
+    pack(manifest, 1, 0)
+    loader = Loader(manifest.path)
+    records = loader.records(0, loader.num_rows)
+    assert manifest.data_id == "5cfd127235399c5b19e4f1ac58635861"
+    assert (len(records), hashlib.sha256(b"".join(records)).hexdigest()[:16]) == (89, "77e965821b19fe7c")
 
 
 def test_stages_are_part_of_what_identifies_the_data(corpus, tmp_path):
@@ -107,7 +141,126 @@ def test_stages_are_part_of_what_identifies_the_data(corpus, tmp_path):
     other = build((1280, {"wiki": 1}), (None, {"wiki": 3, "code": 1}))
     assert len({first.data_id, later.data_id, other.data_id, tokenized(config(corpus), tmp_path / "data").data_id}) == 4
     assert first.stages == ((10, (1, 0)), (None, (1, 1)))
-    assert [source.passes for source in first.sources] == [source.passes for source in other.sources]
+    assert [stream.passes for stream in first.streams] == [stream.passes for stream in other.streams]
+
+
+MIXED = (
+    StageConfig(until_tokens=128 * 60, weights={"wiki": 1}),
+    StageConfig(until_tokens=128 * 200, weights={"code": 3, "wiki": 1}, objective="next_token"),
+    StageConfig(weights={"wiki": 1, "code": 1}, objective="prefix_lm"),
+)
+
+
+@pytest.fixture
+def mixed(corpus, tmp_path):
+    """A build of three objectives, five streams: no code under UL2."""
+    return tokenized(config(corpus, (None, None), MIXED), tmp_path / "data")
+
+
+@st.composite
+def staged(draw):
+    """Weights, objectives and ends of up to four stages over three sources, each read somewhere."""
+    ends = sorted(draw(st.sets(st.integers(1, 2500), max_size=3)))
+    weights = st.dictionaries(st.sampled_from("abc"), st.integers(1, 9), min_size=1)
+    kinds = st.sampled_from(["ul2", "next_token", "prefix_lm"])
+    stages = [StageConfig(until_tokens=64 * end, weights=draw(weights), objective=draw(kinds)) for end in ends]
+    return (*stages, StageConfig(weights={name: draw(st.integers(1, 9)) for name in "abc"}, objective=draw(kinds)))
+
+
+@given(stages=staged(), rows=st.lists(st.integers(1, 400), min_size=4, max_size=9), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=12)
+def test_whatever_the_stages_every_row_of_every_pass_is_read_once_before_the_next_pass_begins(stages, rows, seed):
+    of_sources = tuple(SourceConfig(name=name, format="redpajama", paths=("x",)) for name in "abc")
+    data = DataConfig(tokenizer="builtin:small_8192", seq_len=64, seed=seed, sources=of_sources, stages=stages)
+    receipts = {name: [{"tokens_sha256": name, "tokens": 9}] for name in "abc"}
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = manifests.assemble(f"{folder}/manifests/x.json", data, tokenizer.load(data.tokenizer), receipts)
+        manifests.commit(manifest)
+        every = itertools.product(range(len(manifest.streams)), range(3))
+        sizes = dict(zip(every, itertools.cycle(rows), strict=False))
+        for (stream, number), size in sizes.items():
+            passes.finish(manifest, stream, number, [{"rows": size}, {"rows": 2 * size}])
+        loader = Loader(manifest.path)
+        read = loader.locate(0, loader.num_rows)
+    for stream in range(len(manifest.streams)):
+        of_stream = [record for record in read if record.stream == stream]
+        assert [record.number for record in of_stream] == sorted(record.number for record in of_stream)
+        assert len(set(of_stream)) == len(of_stream)
+        orders = [[record[2:] for record in of_stream if record.number == number] for number in range(3)]
+        for (number, order), after in zip(enumerate(orders), orders[1:], strict=False):
+            assert not after or len(order) == 3 * sizes[stream, number]
+            assert len(after) < 30 or order[:30] != after[:30]
+
+
+def test_a_stream_is_a_source_under_an_objective_with_passes_of_its_own(mixed, corpus, tmp_path):
+    assert [(stream.source, stream.objective) for stream in mixed.streams] == [
+        (0, "ul2"), (0, "next_token"), (1, "next_token"), (0, "prefix_lm"), (1, "prefix_lm"),
+    ]  # fmt: skip
+    assert mixed.stream_names == ["wiki ul2", "wiki next_token", "code next_token", "wiki prefix_lm", "code prefix_lm"]
+    assert mixed.stages == ((60, (1, 0, 0, 0, 0)), (200, (0, 1, 3, 0, 0)), (None, (0, 0, 0, 1, 1)))
+    assert (mixed.first_streams, len({stream.passes for stream in mixed.streams})) == ([0, 2], 5)
+    alone = tokenized(config(corpus), tmp_path / "data")
+    assert alone.streams[0] == mixed.streams[0]  # shards of UL2 are shared with a build that has nothing else
+    assert alone.stream_names == ["wiki", "code"]
+
+
+def test_every_stage_reads_its_own_objective_and_each_stream_row_after_row_into_its_next_pass(mixed):
+    for each in ((0, 0), (1, 0), *((2, number) for number in range(6)), (3, 0), (4, 0)):
+        pack(mixed, *each)
+    loader, finished = Loader(mixed.path), Passes(mixed)
+    assert finished.epoch_rows() == finished.rows(0)[0] + finished.rows(2)[0]
+    assert loader.num_rows > 220
+    read, kinds = loader.locate(0, loader.num_rows), [set(), set(), set()]
+    for number, record in enumerate(loader.records(0, loader.num_rows)):
+        kinds[(number >= 60) + (number >= 200)] |= set(shards.decode(record)[1]["denoiser"].tolist())
+    assert kinds == [{0, 1, 2, 3, 4, 5}, {6}, {5}]
+    assert len(set(read)) == len(read)
+    assert {record.number for record in read if record.stream == 2} == {0, 1, 2, 3, 4, 5}
+    assert np.bincount(loader.sources_of(60, 200)).tolist() == [35, 105]
+    assert loader.source_names == ["wiki", "code"]
+
+
+def test_streams_of_one_source_hold_the_same_documents_in_orders_of_their_own(mixed):
+    for stream in (0, 1, 3):
+        pack(mixed, stream, 0)
+    tables = [segments_of(mixed, stream, 0) for stream in (0, 1, 3)]
+    assert [int(table["length"].sum()) for table in tables] == [18407, 18407, 18407]
+    orders = [tuple(dict.fromkeys(table[["unit", "document"]].tolist())) for table in tables]
+    assert [len(order) for order in orders] == [40, 40, 40]
+    assert len(set(orders)) == 3
+
+
+def test_a_missing_pass_is_named_with_its_objective_where_there_are_several(mixed):
+    pack(mixed, 0, 0)
+    with pytest.raises(DataError, match=r"pass 0 of (wiki|code) next_token \(global row 6\d\) was not built within 0"):
+        Loader(mixed.path).wait_for(200, timeout_s=0)
+
+
+def test_other_objectives_and_packings_are_other_data(corpus, tmp_path):
+    plain = config(corpus)
+    builds = [
+        tokenized(replace(plain, **change), tmp_path / "data")
+        for change in ({}, {"packing": "reference"}, {"objective": "next_token"}, {"objective": "prefix_lm"})
+    ]
+    assert len({build.data_id for build in builds}) == 4
+    assert len({build.streams[0].passes for build in builds}) == 4
+    assert len({build.stream_key(0) for build in builds}) == 4
+    for build in builds[1:]:
+        pack(build, 0, 0)
+    assert segments_of(builds[1], 0, 0)["length"].sum() >= 18407 - 6
+    assert set(segments_of(builds[2], 0, 0)["denoiser"]) == {6}
+    assert set(segments_of(builds[3], 0, 0)["denoiser"]) == {5}
+
+
+def test_a_manifest_from_before_there_were_streams_is_read_as_it_was_meant(corpus, tmp_path):
+    manifest = tokenized(config(corpus), tmp_path / "data")
+    fields = json.loads(storage.read_bytes(manifest.path))
+    del fields["packing"]
+    for stream, source in zip(fields.pop("streams"), fields["sources"], strict=True):
+        source["passes"] = stream["passes"]
+    old = tmp_path / "data" / "manifests" / "old.json"
+    old.write_text(json.dumps(fields))
+    assert replace(manifests.load(str(old)), path=manifest.path) == manifest
 
 
 def test_a_loader_reads_every_row_of_every_pass_once_through_all_stages(corpus, tmp_path):
@@ -126,7 +279,7 @@ def test_a_loader_reads_every_row_of_every_pass_once_through_all_stages(corpus, 
     assert np.bincount(loader.sources_of(30, 90)).tolist() == [18, 42]
     read = loader.locate(0, loader.num_rows)
     assert len(set(read)) == len(read) == 183
-    assert np.bincount([record.number for record in read if record.source == 1]).tolist() == [22, 23, 22, 22]
+    assert np.bincount([record.number for record in read if record.stream == 1]).tolist() == [22, 23, 22, 22]
 
 
 def test_another_pass_changes_no_row_before_it(corpus, tmp_path):

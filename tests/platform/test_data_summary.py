@@ -1,12 +1,14 @@
 """What `openmoe data show` says of a build, from files as a build leaves them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
-from openmoe.pipelines.manifest import Manifest, SourceManifest
+from openmoe.pipelines import passes
+from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
+from openmoe.pipelines.manifest import Manifest, SourceManifest, StreamManifest
 from openmoe.pipelines.tokenizer import Tokenizer
 from openmoe.platform import data_summary
 
@@ -33,8 +35,12 @@ GROUPS = [
 def data_dir(tmp_path):
     """One source with two finished passes, one with none; the third pass of the first has no pass.json."""
     sources = [
-        SourceManifest(name="wiki", weight=1, units=UNITS, passes="passes/wiki-1"),
-        SourceManifest(name="code", weight=3, units=[], passes="passes/code-1"),
+        SourceManifest(name="wiki", weight=1, units=UNITS),
+        SourceManifest(name="code", weight=3, units=[]),
+    ]
+    streams = [
+        StreamManifest(source=0, objective="ul2", passes="passes/wiki-1"),
+        StreamManifest(source=1, objective="ul2", passes="passes/code-1"),
     ]
     manifests.commit(
         Manifest(
@@ -43,6 +49,7 @@ def data_dir(tmp_path):
             tokenizer_fingerprint="",
             vocabulary=Tokenizer(CONFIG.tokenizer).vocabulary(CONFIG.num_sentinels),
             sources=sources,
+            streams=streams,
             **{key: getattr(CONFIG, key) for key in ("tokenizer", "seq_len", "objective", "seed", "group_tokens")},
         )
     )
@@ -53,10 +60,10 @@ def data_dir(tmp_path):
     return str(tmp_path)
 
 
-def test_a_source_is_summed_over_its_finished_passes(data_dir):
+def test_a_stream_is_summed_over_its_finished_passes(data_dir):
     (build,) = data_summary.builds(CONFIG, data_dir)
     wiki, code = data_summary.summarize(build)
-    assert wiki == data_summary.SourceSummary(
+    assert wiki == data_summary.StreamSummary(
         name="wiki",
         share=0.25,
         documents=40,
@@ -71,6 +78,32 @@ def test_a_source_is_summed_over_its_finished_passes(data_dir):
         denoisers={"R3": 0.375, "S": 0.625},
     )
     assert (code.share, code.passes, code.rows, code.fill, code.denoisers) == (0.75, 0, 0, 0.0, {})
+
+
+def test_where_there_are_several_objectives_each_stream_has_a_line_and_is_named_with_its_own(tmp_path):
+    of_stages = (
+        StageConfig(until_tokens=512 * 3, weights={"wiki": 1}),
+        StageConfig(weights={"wiki": 1, "code": 1}, objective="next_token"),
+    )
+    of_sources = tuple(replace(source, weight=None) for source in CONFIG.sources)
+    config = replace(CONFIG, sources=of_sources, stages=of_stages)
+    receipts = {name: [{"tokens_sha256": name, "documents": 5, "bad": {}, "tokens": 90}] for name in ("wiki", "code")}
+    path = f"{tmp_path}/manifests/a.json"
+    manifests.commit(manifests.assemble(path, config, Tokenizer(config.tokenizer), receipts))
+    [build] = data_summary.builds(config, str(tmp_path))
+    group = {"rows": 4, "slots_used": 2048, "loss_slots": 2048, "pieces": {"next_token": 9}}
+    for stream, groups in ((0, GROUPS), (1, [group])):
+        passes.finish(build, stream, 0, groups)
+    streams = data_summary.summarize(build)
+    assert [(s.name, s.rows, s.documents) for s in streams] == [
+        ("wiki ul2", 4, 5),
+        ("wiki next_token", 4, 5),
+        ("code next_token", 0, 5),
+    ]
+    assert streams[1].denoisers == {"next_token": 1.0}
+    assert (streams[1].loss, streams[0].denoisers) == (1.0, {"R3": 0.375, "S": 0.625})
+    with pytest.raises(DataError, match="no build of these settings"):
+        data_summary.builds(replace(config, packing="reference"), str(tmp_path))
 
 
 def test_a_build_of_other_settings_is_not_shown(data_dir):

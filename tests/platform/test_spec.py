@@ -52,7 +52,10 @@ def test_the_8b_run_file_has_the_settings_of_the_original():
         5000,
     )
     assert (loaded.model.num_experts, loaded.model.group_size, loaded.mesh.expert) == (32, 4096, 32)
-    assert {source.name: source.weight for source in loaded.data.sources} == {
+    first, second = loaded.data.stages
+    assert (first.objective, second.objective) == ("ul2", "next_token")
+    assert (first.until_tokens, second.until_tokens) == (390_000 * 2_097_152, None)
+    assert first.weights == {
         "c4": 15,
         "wikipedia": 4.5,
         "stackexchange": 2,
@@ -62,6 +65,24 @@ def test_the_8b_run_file_has_the_settings_of_the_original():
         "common_crawl": 67,
         "the_stack_dedup": 100,
     }
+    assert second.weights == {
+        "c4": 15,
+        "wikipedia": 13,
+        "stackexchange": 2.5,
+        "arxiv": 4.5,
+        "book": 6.5,
+        "github": 5,
+        "common_crawl": 43.5,
+        "the_stack_dedup": 10,
+    }
+
+
+def test_the_stages_of_the_34b_model_keep_the_third_mixture_and_change_the_objective_after_25_000_steps():
+    first, second = spec.load("openmoe_8b", ["data.stages=openmoe-34b"]).data.stages
+    assert (first.until_tokens, first.objective, second.objective) == (52_428_800_000, "ul2", "next_token")
+    assert first.weights == second.weights
+    assert sum(first.weights.values()) == 100
+    assert (first.weights["the_stack_dedup"], first.weights["github"], first.weights["wikipedia"]) == (30, 5, 7)
 
 
 def test_overrides_win_over_the_file():
@@ -117,6 +138,17 @@ def test_the_data_has_the_seed_of_the_run():
 )
 def test_what_may_change_in_a_running_run_keeps_the_hash(override):
     assert spec.spec_hash(spec.load("quickstart", [override])) == spec.spec_hash(spec.load("quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("quickstart", "05b34be0b2dea21493652520fa8b6fc4a1e08fdfc4baadf4465faf1e985753c8"),
+        ("twin", "d72b93991245d1de5024e3ba9ddee38f1604bb0826c079fcb8d0ab0a90f0c7b2"),
+    ],
+)
+def test_runs_that_began_keep_their_hash(name, digest):
+    assert spec.spec_hash(spec.load(name)) == digest
 
 
 def test_a_resize_keeps_the_hash():
@@ -191,7 +223,7 @@ NUM_FIELDS = {
     ModelConfig: 34,
     ExecutionConfig: 4,
     OptimizerConfig: 8,
-    DataConfig: 9,
+    DataConfig: 10,
     SourceConfig: 5,
     StageConfig: 3,
 }

@@ -366,8 +366,29 @@ LENGTHS_AND_STAGES = {
         "12: data.stages.0.until_tokens: the last stage goes on to the end of the run; remove it, got 5120",
     ),
     "an objective that is not known": (
-        *stages(f"objective: next_token, {BOTH}"),
-        "12: data.stages.0.objective: must be one of ul2; got 'next_token'",
+        *stages(f"objective: next_tokens, {BOTH}"),
+        "12: data.stages.0.objective: must be one of ul2, next_token, prefix_lm; got 'next_tokens'; "
+        "did you mean `next_token`?",
+    ),
+    "an objective beside stages": (
+        stages(BOTH)[0],
+        "  objective: next_token\n" + stages(BOTH)[1],
+        "8: data.objective: the objectives are in `stages`; remove this one, got 'next_token'",
+    ),
+    "stages of a model that is not known": (
+        "      weight: 1\n",
+        "  stages: openmoe-8\n",
+        "12: data.stages: no stages 'openmoe-8'; did you mean `openmoe-8b`?",
+    ),
+    "a source of an original model that is not there": (
+        stages(BOTH)[0],
+        TWO_SOURCES.replace("the-stack", "c4").replace("  stages:\n", "  stages: openmoe-8b\n"),
+        "11: data.stages.0.weights: no source is named 'stackexchange'; the sources are wikipedia, c4",
+    ),
+    "reference packing of nothing": (
+        "  seq_len: 512\n",
+        "  seq_len: 512\n  objective: prefix_lm\n  packing: reference\n",
+        "9: data.packing: reference is a way to pack objective ul2, which is not used; remove it",
     ),
     "an unknown key of a stage": (
         *stages(f"until_token: 512, {BOTH}", BOTH),

@@ -37,7 +37,12 @@ def test_the_8b_run_is_explained():
     assert large["step", "rows_per_microbatch"] == 128
     assert large["step", "routing_groups_per_step"] == 512
     assert large["step", "expert_capacity"] == 160
-    assert large["data", "rows_common_crawl"] == 171_520_000
+    assert large["data", "rows_common_crawl_ul2"] == 133_785_600
+    assert large["data", "rows_common_crawl_next_token"] == 48_998_400
+    assert large["stage 1", "objective"] == "ul2"
+    assert large["stage 2", "objective"] == "next_token"
+    assert large["stage 2", "steps"] == [390_000, 500_000]
+    assert large["stage 2", "share_the_stack_dedup"] == 0.1
     assert large["devices", "legal_devices"] == [1, 2, 4, 8, 16, 32, 64]
 
 

@@ -26,7 +26,7 @@ class WrittenRun:
         record["spec"]["data"]["seq_len"] = 250
         record["spec"]["data"]["stages"] = [
             {"until_tokens": 30_000, "weights": {"c4": 1, "the_stack": 0}, "objective": "ul2"},
-            {"until_tokens": None, "weights": {"c4": 1, "the_stack": 3}, "objective": "ul2"},
+            {"until_tokens": None, "weights": {"c4": 1, "the_stack": 3}, "objective": "next_token"},
         ]
         (path / "run.json").write_text(json.dumps(record))
         self.journals = {}

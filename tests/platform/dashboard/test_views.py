@@ -153,7 +153,7 @@ def test_the_history_tells_the_story_and_the_facts(written):
     assert dict(history.facts)["devices"] == "4 x cpu, 2 processes"
     assert dict(history.facts)["mesh"] == "data 1 x expert 4"
     assert "batch_rows: 4" in history.spec
-    assert history.stages == (Stage(number=2, first_step=31, mixture="c4 25%, the_stack 75%"),)
+    assert history.stages == (Stage(number=2, first_step=31, mixture="next_token: c4 25%, the_stack 75%"),)
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_none_and_the_snapshot_stays_json(written):
