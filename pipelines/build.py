@@ -5,28 +5,37 @@ receipt exists, so a build that was killed anywhere goes on where it was, with a
 
 A cluster whose CPUs are all taken never stops a build: what no CPU is found for is done in this process. A unit
 that was done twice is no harm, since both times the same bytes are written.
+
+Ray would repeat for ever a task that always kills its worker. So it repeats none: what it lost is given to it again,
+the last time alone, and then given up. Losses are counted by the living driver only: whatever else dies together
+with it, no unit is blamed for that.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from openmoe.pipelines import limits, passes, selection, sources, storage, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import passes, selection, sources, storage, token_cache, tokenizer
-from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
+from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.passes import Passes
 from openmoe.pipelines.sources import Unit
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
-Receipts = dict[str, list[dict[str, Any]]]  # by source, in the order of its units
+GiveUp = Callable[[dict[str, Any]], dict[str, Any]]
 Work = Callable[[dict[str, str]], dict[str, str]]
 
+# Nodes that `ray start --labels openmoe.ai/role=data` started do data work, and no others do.
+DATA_LABEL = ("openmoe.ai/role", "data")
 # A task gets a CPU within this time, or the cluster counts as occupied.
 PROBE_S = 30.0
 # Ray Data is given up after this time without any receipt: its CPUs were taken after all. Longer than a task takes;
@@ -41,12 +50,14 @@ class Workplace:
 
     Attributes:
       num_workers: tasks at a time; None: one for each CPU that is left.
+      task_memory_bytes: memory that Ray reserves for each task; None: as it sees fit.
       reserved_cpus: CPUs of the training workers, which must find them free whenever they start again.
       say: told when this process begins to do tasks, and why.
       is_left: says whether the build is to end; nothing more is asked of Ray then.
     """
 
     num_workers: int | None = None
+    task_memory_bytes: int | None = None
     reserved_cpus: float = 0
     say: Callable[[str], None] = lambda line: None
     is_left: Callable[[], bool] = lambda: False
@@ -86,48 +97,33 @@ def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> No
 def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace) -> Manifest:
     """Tokenizes what is not in the token cache, once and for all passes; see `build`."""
     text = tokenizer.load(config.tokenizer)
-    config, missing = _present(config, place.say)
+    config, missing = limits.present(config, place.say)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
     everything = [unit for source in config.sources for unit in units[source.name]]
     path = manifests.manifest_path(data_dir, config, text, everything, missing)
     if storage.exists(path):
         return manifests.load(path)
-    receipts = _tokenize(everything, config.tokenizer, storage.join(data_dir, "tokens"), report, place)
+    receipts = _tokenize(everything, config, storage.join(data_dir, "tokens"), report, place)
     by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
     for source in config.sources:
-        _check(source, by_source[source.name])
+        limits.check(source, by_source[source.name])
     by_source = _select(config, data_dir, by_source, report, place)
     manifest = manifests.assemble(path, config, text, by_source, missing=missing)
     manifests.commit(manifest)
     return manifest
 
 
-def _present(config: DataConfig, say: Callable[[str], None]) -> tuple[DataConfig, list[str]]:
-    """Returns the configuration without the sources that are missing and may be, and their names."""
-    may_be = [source for source in config.sources if source.missing == "renormalize"]
-    missing = [source.name for source in may_be if not sources.find(source)]
-    if not missing:
-        return config, []
-    try:
-        left = config.without(missing)
-    except ValueError as error:
-        raise DataError(f"sources: {', '.join(missing)} is missing, and without it: {error}") from error
-    for number, weights in enumerate(left.weights_by_stage(), 1):
-        shares = ", ".join(
-            f"{source.name} {weight / sum(weights):.2%}" for source, weight in zip(left.sources, weights, strict=True)
-        )
-        stage = f" in stage {number}" if left.stages else ""
-        say(f"MISSING SOURCE {', '.join(missing)}: no file matches; the others take its rows{stage}: {shares}")
-    return left, missing
-
-
-def _tokenize(units: list[Unit], uri: str, folder: str, report: Report, place: Workplace) -> dict[str, dict[str, Any]]:
+def _tokenize(
+    units: list[Unit], config: DataConfig, folder: str, report: Report, place: Workplace
+) -> dict[str, dict[str, Any]]:
     """Returns the receipts of all units by key, tokenizing those that have none."""
+    uri = config.tokenizer
     keyed = {token_cache.key(unit, tokenizer.load(uri)): unit for unit in units}
     tasks = {key: {"unit": asdict(unit), "uri": uri, "folder": folder} for key, unit in keyed.items()}
     receipts = _committed(folder, tasks)
     missing = [task for key, task in tasks.items() if key not in receipts]
-    for receipt in _run(_tokenize_task, missing, TOKENIZE_STUCK_S, place):
+    quarantine = limits.Quarantine(config, folder, receipts.values())
+    for receipt in _run(_tokenize_task, missing, TOKENIZE_STUCK_S, place, quarantine):
         receipts[receipt["key"]] = receipt
         report("tokenize", len(receipts), len(keyed), "units")
     return receipts
@@ -140,7 +136,9 @@ def _committed(folder: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {key: json.loads(storage.read_bytes(storage.join(folder, f"{key}.json"))) for key in done}
 
 
-def _select(config: DataConfig, data_dir: str, receipts: Receipts, report: Report, place: Workplace) -> Receipts:
+def _select(
+    config: DataConfig, data_dir: str, receipts: limits.Receipts, report: Report, place: Workplace
+) -> limits.Receipts:
     """Returns the receipts of tokenized units, by source, with what is trained on of each."""
     if config.dedup == "none" and not config.validation_share:
         return receipts
@@ -156,35 +154,8 @@ def _select(config: DataConfig, data_dir: str, receipts: Receipts, report: Repor
             done[receipt["key"]] = receipt
             report(kind, len(done), len(names), "tasks")
         splits = {key: split for receipt in done.values() for key, split in receipt.get("units", {}).items()}
-    _check_left(receipts, splits)
+    limits.check_left(receipts, splits)
     return {name: [{**unit, "split": splits[unit["key"]]} for unit in units] for name, units in receipts.items()}
-
-
-def _check_left(receipts: Receipts, splits: dict[str, Any]) -> None:
-    """Raises DataError when nothing of a source is left to train on."""
-    for name, units in receipts.items():
-        counts = {part: sum(splits[u["key"]][part]["documents"] for u in units) for part in selection.PARTS}
-        if not counts["train"]:
-            raise DataError(
-                f"sources.{name}: of its documents {counts['duplicate']} were there before, and "
-                f"{counts['validation']} are for validation: none is left to train on; leave the source out"
-            )
-
-
-def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
-    """Raises DataError when a source is empty or too much of it is unusable."""
-    good = sum(receipt["documents"] for receipt in receipts)
-    bad = sum(sum(receipt["bad"].values()) for receipt in receipts)
-    worst = max(receipts, key=lambda receipt: sum(receipt["bad"].values()), default=None)
-    if bad > source.max_bad_share * (good + bad) and worst:
-        sample = worst["bad_samples"][0]
-        raise DataError(
-            f"sources.{source.name}: {bad} of {good + bad} documents are unusable, max_bad_share allows "
-            f"{source.max_bad_share:g}; first in {sample['path']} at {sample['offset']}: {sample['reason']}; "
-            "mend the file or raise max_bad_share"
-        )
-    if not good:
-        raise DataError(f"sources.{source.name}: no document in {len(receipts)} units of {', '.join(source.paths)}")
 
 
 def pack(built: Passes, wanted: list[tuple[int, int]], report: Report, place: Workplace) -> None:
@@ -237,60 +208,104 @@ def _pack_task(row: dict[str, str]) -> dict[str, str]:
 def _answer(row: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, str]:
     """Returns a task's receipt, or the reason for which there can be none: that stops the build, in one line."""
     try:
-        return {**row, "receipt": json.dumps(work()), "error": ""}
+        return {**row, "receipt": json.dumps(work()), "error": "", "fault": ""}
     except (DataError, storage.StorageError) as error:
-        return {**row, "receipt": "", "error": str(error)}
+        return {**row, "receipt": "", "error": str(error), "fault": ""}
+    except MemoryError:
+        raise  # counts as the end of the worker
+    except Exception:
+        return {**row, "receipt": "", "error": "", "fault": traceback.format_exc()}
 
 
-def _run(work: Work, tasks: list[dict[str, Any]], stuck_s: float, place: Workplace) -> Iterator[dict[str, Any]]:
+def _give_up(task: dict[str, Any]) -> dict[str, Any]:
+    raise DataError(f"a task killed its worker {limits.MAX_LOSSES} times, as out of memory does: {json.dumps(task)}")
+
+
+def _run(
+    work: Work, tasks: list[dict[str, Any]], stuck_s: float, place: Workplace, give_up: GiveUp = _give_up
+) -> Iterator[dict[str, Any]]:
     """Yields the receipts of tasks as they finish, in any order; only tasks and receipts pass through Ray.
 
     Ray Data waits for ever when the cluster has no CPU for it. So a task is tried first, and one for which no CPU
-    was found, or that Ray lost, is done here, before Ray is asked again.
+    was found is done here, before Ray is asked again; but never one whose worker died.
+
+    Args:
+      work: a Ray task.
+      tasks: its arguments.
+      stuck_s: when Ray is given up.
+      place: where the tasks run.
+      give_up: returns the receipt of a task whose workers all died, or raises DataError.
     """
     left = [json.dumps(task) for task in tasks]
+    losses: collections.Counter[str] = collections.Counter()
     while left and not place.is_left():
-        for answer in _in_ray(work, left, stuck_s, place):
-            left.remove(answer["task"])
-            yield _receipt(answer)
+        together = [task for task in left if losses[task] < limits.MAX_LOSSES - 1]
+        for answer in _in_ray(work, together or left[:1], stuck_s, place):
+            task = answer["task"]
+            losses[task] += "lost" in answer
+            if "lost" not in answer or losses[task] == limits.MAX_LOSSES:
+                left.remove(task)
+                yield give_up(json.loads(task)) if "lost" in answer else _receipt(answer)
+            else:
+                place.say(f"a worker died, {losses[task]} of {limits.MAX_LOSSES} times over {_named(task)}")
             if place.is_left():
                 return
-        if left and not place.is_left():
-            yield _receipt(work({"task": left.pop(0)}))
+        untouched = [task for task in left if not losses[task]]
+        if untouched and not place.is_left():
+            left.remove(untouched[0])
+            yield _receipt(work({"task": untouched[0]}))
+
+
+def _named(task: str) -> str:
+    fields = json.loads(task)
+    return f"{fields['unit']['source']}: {Unit(**fields['unit'])}" if "unit" in fields else task
 
 
 def _receipt(answer: dict[str, str]) -> dict[str, Any]:
     if answer["error"]:
         raise DataError(answer["error"])
+    if answer["fault"]:
+        raise RuntimeError(answer["fault"])
     return json.loads(answer["receipt"])
 
 
 def _in_ray(work: Work, tasks: list[str], stuck_s: float, place: Workplace) -> Iterator[dict[str, str]]:
-    """Yields the answers to tasks; ends early when the cluster has no CPU for them, or loses them."""
+    """Yields the answers to tasks, at the end those that were lost; ends early when the cluster has no CPU for them."""
+    import ray
     import ray.exceptions
     from ray.data.exceptions import ExecutionTimeoutError
 
     try:
-        cpus, selector = _offer(place.reserved_cpus)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        cpus, selector = offer(nodes, place)
+        needs = {"num_cpus": 1, "memory": place.task_memory_bytes, "label_selector": selector}
         if cpus < 1:
             place.say("the cluster has no CPU for data beside the training workers: the driver does it")
-        elif not _gets_a_cpu(selector, place.is_left):
+        elif not _gets_a_cpu(needs, place.is_left):
             place.say(f"no CPU of the cluster was free for data within {PROBE_S:g} s: the driver does it")
         else:
-            yield from _mapped(work, tasks, place.num_workers or cpus, selector, stuck_s)
+            lost = set(tasks)
+            for answer in _mapped(work, tasks, place.num_workers or cpus, needs, stuck_s):
+                lost.discard(answer["task"])
+                yield answer
+            yield from ({"task": task, "lost": "its worker died"} for task in tasks if task in lost)
     except ExecutionTimeoutError:
         place.say(f"the cluster did nothing for {stuck_s:g} s: the driver does it")
     except ray.exceptions.RayError as error:
-        place.say(f"Ray lost a task: the driver does it ({' '.join(str(error).split())[:200]})")
+        place.say(f"Ray failed: the driver does it ({' '.join(str(error).split())[:200]})")
 
 
 def _mapped(
-    work: Work, tasks: list[str], at_once: int, selector: dict[str, str] | None, stuck_s: float
+    work: Work, tasks: list[str], at_once: int, needs: dict[str, Any], stuck_s: float
 ) -> Iterator[dict[str, str]]:
-    """Yields the answers to tasks as Ray Data gets them; raises ExecutionTimeoutError when it gets none for long."""
+    """Yields the answers to tasks as Ray Data gets them, none to those whose worker died.
+
+    Raises:
+      ExecutionTimeoutError: there was no answer for long.
+    """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -298,34 +313,49 @@ def _mapped(
     rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=len(tasks))
     # Tasks rather than actors: the next stage finds their processes running, which take seconds to start.
     compute = ray.data.TaskPoolStrategy(size=min(len(tasks), at_once))
-    answers = rows.map(work, num_cpus=1, compute=compute, label_selector=selector)
+    with warnings.catch_warnings():  # Ray 2.60 calls every way to this option outdated, and has no other yet
+        warnings.simplefilter("ignore", DeprecationWarning)
+        answers = rows.map(work, compute=compute, max_retries=0, **needs)
     answers.context.execution_no_progress_timeout_s = stuck_s
+    answers.context.max_errored_blocks = -1
     yield from answers.iter_rows()
 
 
-def _offer(reserved_cpus: float) -> tuple[int, dict[str, str] | None]:
-    """Returns how many CPUs the cluster has for data, free or not, and on which nodes.
+def offer(nodes: list[dict[str, Any]], place: Workplace) -> tuple[int, dict[str, str] | None]:
+    """Returns how many tasks the cluster has CPUs and memory for, free or not, and on which nodes.
 
-    Where some hosts have TPUs and others have none, the others are for data; else what the workers leave.
+    Nodes whose label says that they are for data are the only ones, if there are any. Else, where some hosts have
+    TPUs and others have none, the others are for data; else what the workers leave.
+
+    Args:
+      nodes: the living ones, as Ray describes them.
+      place: what is reserved for the workers, and what a task needs.
     """
-    import ray
-    from ray.util import accelerators
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    without_tpu = [node for node in nodes if "TPU" not in node]
-    cpus = sum(int(node.get("CPU", 0)) for node in without_tpu)
-    if cpus and len(without_tpu) < len(nodes):
+    def room(nodes: list[dict[str, Any]], reserved_cpus: float) -> int:
+        cpus = int(sum(node["Resources"].get("CPU", 0) for node in nodes) - reserved_cpus)
+        if place.task_memory_bytes is None:
+            return cpus
+        return min(cpus, sum(int(node["Resources"].get("memory", 0) // place.task_memory_bytes) for node in nodes))
+
+    name, value = DATA_LABEL
+    if labelled := [node for node in nodes if node["Labels"].get(name) == value]:
+        return room(labelled, 0), {name: value}
+    without_tpu = [node for node in nodes if "TPU" not in node["Resources"]]
+    if len(without_tpu) < len(nodes) and any(node["Resources"].get("CPU", 0) >= 1 for node in without_tpu):
+        from ray.util import accelerators
+
         tpus = [name for key, name in vars(accelerators).items() if key.startswith("GOOGLE_TPU_")]
         # Without spaces: Ray 2.60 takes them for part of the names, and would then refuse no host.
-        return cpus, {"ray.io/accelerator-type": f"!in({','.join(tpus)})"}
-    return int(sum(node.get("CPU", 0) for node in nodes) - reserved_cpus), None
+        return room(without_tpu, 0), {"ray.io/accelerator-type": f"!in({','.join(tpus)})"}
+    return room(nodes, place.reserved_cpus), None
 
 
-def _gets_a_cpu(selector: dict[str, str] | None, is_left: Callable[[], bool]) -> bool:
+def _gets_a_cpu(needs: dict[str, Any], is_left: Callable[[], bool]) -> bool:
     """Returns whether a task gets a CPU now."""
     import ray
 
-    probe = ray.remote(lambda: None).options(num_cpus=1, label_selector=selector).remote()
+    probe = ray.remote(lambda: None).options(**needs).remote()
     deadline_s, started = time.monotonic() + PROBE_S, []
     while not started and time.monotonic() < deadline_s and not is_left():
         started, _ = ray.wait([probe], timeout=0.2)

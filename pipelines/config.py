@@ -40,6 +40,7 @@ class SourceConfig:
       max_bad_share: the build stops when more than this share of the source's documents is unusable.
       missing: what happens when no path matches any file: the build stops, or goes on without the source, whose
         share the others take in proportion.
+      max_quarantined_units: work units that the build may go on without because they always kill their worker.
       max_document_bytes: a longer line, row or file (uncompressed) is left out and counted as too long.
     """
 
@@ -50,6 +51,7 @@ class SourceConfig:
     paths: tuple[str, ...]
     weight: float | None = None
     max_bad_share: float = 0.01
+    max_quarantined_units: int = 0
     missing: Literal["stop", "renormalize"] = "stop"
     max_document_bytes: int = MAX_DOCUMENT_BYTES
 
@@ -64,6 +66,8 @@ class SourceConfig:
             raise ValueError(f"weight: must be above 0, got {self.weight}; leave the source out instead")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share: must be in [0, 1], got {self.max_bad_share}")
+        if self.max_quarantined_units < 0:
+            raise ValueError(f"max_quarantined_units: must be at least 0, got {self.max_quarantined_units}")
         if self.missing not in ("stop", "renormalize"):
             raise ValueError(f"missing: stop or renormalize, got {self.missing!r}")
         if not 1 <= self.max_document_bytes < 2**31:

@@ -158,7 +158,7 @@ def manifest_path(
 def _settings(config: DataConfig) -> dict[str, Any]:
     """Returns all settings, but those that are as if there was no such choice: older builds keep their names."""
     added = {"stages": (), "packing": "budgeted", "dedup": "none", "validation_share": 0}
-    added_to_source = {"missing": "stop", "max_document_bytes": MAX_DOCUMENT_BYTES}
+    added_to_source = {"missing": "stop", "max_quarantined_units": 0, "max_document_bytes": MAX_DOCUMENT_BYTES}
     settings = asdict(config)
     for source in settings["sources"]:
         for name in [name for name, default in added_to_source.items() if source[name] == default]:

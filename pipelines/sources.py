@@ -24,6 +24,8 @@ from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataError, SourceConfig
 _SUFFIX = {"redpajama": ".jsonl", "text": ".txt"}
 _CODECS = {"": None, ".zst": "zstd", ".gz": "gzip"}
 _COLUMN = "content"
+# What pyarrow raises over a damaged file, found by trying: not only its own errors.
+_DAMAGE = (OSError, ValueError, LookupError, pa.ArrowException)
 _SKIPPED_AT_ONCE = 2**20
 
 
@@ -267,10 +269,15 @@ def _undamaged(path: str, codec: str, text: _Counted) -> Generator[None]:
     """Names the file whose compressed stream turns out to be damaged."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        if getattr(error, "errno", None) is not None:  # of the file system or the network, which may pass
-            raise
+    except _DAMAGE as error:
+        _only_damage(error)
         raise DataError(f"{path}: {codec} stream damaged after {text.count:,} bytes of text; get it again") from error
+
+
+def _only_damage(error: Exception) -> None:
+    """Raises failures of the file system or the network, which may pass, again."""
+    if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+        raise error
 
 
 @contextlib.contextmanager
@@ -279,9 +286,10 @@ def _parquet(path: str) -> Generator[pq.ParquetFile]:
     with storage.open_read(path) as raw:
         try:
             file = pq.ParquetFile(raw)
-        except pa.ArrowException as error:
+            names = file.schema_arrow.names
+        except _DAMAGE as error:
+            _only_damage(error)
             raise DataError(f"{path}: not a Parquet file ({' '.join(str(error).split())[:120]})") from error
-        names = file.schema_arrow.names
         if _COLUMN not in names:
             raise DataError(f"{path}: the_stack needs column {_COLUMN}, the file has {', '.join(names)}")
         kind = file.schema_arrow.field(_COLUMN).type
@@ -297,9 +305,11 @@ def _rows(unit: Unit) -> Iterator[tuple[int, bytes | None]]:
         for group in range(unit.start, unit.stop):
             try:
                 column = file.read_row_group(group, columns=[_COLUMN]).column(0)
-            except (OSError, pa.ArrowException) as error:
+                values = column.cast(pa.large_binary()).to_pylist()
+            except _DAMAGE as error:
+                _only_damage(error)
                 raise DataError(f"{unit.path}: row group {group} is damaged; fetch the file again") from error
-            for value in column.cast(pa.large_binary()).to_pylist():
+            for value in values:
                 yield row, value
                 row += 1
 

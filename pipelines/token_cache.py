@@ -67,6 +67,16 @@ def tokenize(unit: Unit, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
     return receipt
 
 
+def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) -> dict[str, Any]:
+    """Gives a unit that cannot be tokenized an empty file and a receipt that says why; delete that to try again."""
+    name = key(unit, tokenizer)
+    content, receipt = _Table(unit, tokenizer).finish()
+    storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
+    receipt = {"key": name, **receipt, "quarantined": reason}
+    storage.create_if_absent(storage.join(folder, f"{name}.json"), json.dumps(receipt).encode())
+    return receipt
+
+
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
     """Returns the documents of a tokenized unit, whose file must have the receipt's digest."""
     [column] = _columns(folder, name, sha256, ["tokens"])

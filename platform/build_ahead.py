@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from openmoe.pipelines import build, passes
 from openmoe.pipelines.build import Report, Workplace
@@ -34,7 +35,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     Returns:
       The manifest, and the run with its length in steps.
     """
-    place = Workplace(say=_once(say))
+    place = _place(spec, say=_once(say))
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
@@ -51,7 +52,7 @@ def build_all(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Mani
     """Builds all that a run reads from its first step to its last."""
     manifest, spec = build_first(spec, 0, report, say)
     rows = spec.train.total_steps * spec.train.batch_rows
-    build.extend(passes.Passes(manifest), rows, report, Workplace(say=_once(say)))
+    build.extend(passes.Passes(manifest), rows, report, _place(spec, say=_once(say)))
     return manifest
 
 
@@ -81,7 +82,7 @@ class BuildAhead:
         self._position_steps, self._report, self._told = position_steps, report, say
         workers_cpus = spec.cluster.num_workers * spec.cluster.cpus_per_worker
         self._stop = threading.Event()
-        self._place = Workplace(reserved_cpus=workers_cpus, say=_once(self._say), is_left=self._stop.is_set)
+        self._place = _place(spec, reserved_cpus=workers_cpus, say=_once(self._say), is_left=self._stop.is_set)
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="build-ahead", daemon=True)
 
@@ -121,6 +122,11 @@ class BuildAhead:
         except Exception as error:
             if not self._stop.is_set():
                 self._failure = error
+
+
+def _place(spec: RunSpec, **settings: Any) -> Workplace:
+    cluster = spec.cluster
+    return Workplace(num_workers=cluster.data_cpus, task_memory_bytes=cluster.data_task_memory_bytes, **settings)
 
 
 def _once(say: Callable[[str], None]) -> Callable[[str], None]:

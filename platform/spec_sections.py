@@ -84,6 +84,14 @@ class ClusterConfig(Section):
         default=None, pattern=r"^TPU-V", description="Ray's name of the TPU generation, such as TPU-V4."
     )
     cpus_per_worker: float = Field(default=1.0, gt=0, description="CPUs Ray reserves for each worker.")
+    data_cpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most CPUs that data work takes at a time; without it all that the workers leave.",
+    )
+    data_task_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Memory that Ray reserves for each task of data work, which takes one CPU."
+    )
     heartbeat_timeout_s: int = Field(default=30, ge=5, description="Silence after which a peer is dead.")
     shutdown_timeout_s: int = Field(default=20, ge=1, description="Wait for the peers when a worker ends.")
     init_timeout_s: int = Field(default=120, ge=10, description="Wait for all workers to join the group.")

@@ -16,10 +16,10 @@ from openmoe.pipelines import build
 ray.init(log_to_driver=False)
 
 def where(row):
-    return {**row, "receipt": json.dumps(ray.get_runtime_context().get_node_id()), "error": ""}
+    return {**row, "receipt": json.dumps(ray.get_runtime_context().get_node_id()), "error": "", "fault": ""}
 
 def where_the_driver_does_it(row):
-    return {**row, "receipt": '"driver"', "error": ""}
+    return {**row, "receipt": '"driver"', "error": "", "fault": ""}
 
 said, build.PROBE_S = [], 120.0
 place = build.Workplace(reserved_cpus=8, say=said.append)

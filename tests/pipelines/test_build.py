@@ -1,6 +1,9 @@
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 from openmoe.pipelines import build as builder
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import selection, shards, stdlib_corpus, storage, token_cache
+from openmoe.pipelines.build import _tokenize_task as tokenize_task
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
@@ -304,6 +308,72 @@ def test_an_error_inside_a_worker_is_the_same_one_line(ray_local, tmp_path):
     bad = SourceConfig(name="bad", format="redpajama", paths=(str(tmp_path / "*.zst"),), weight=1.0)
     with pytest.raises(DataError, match=r"^/\S+/a\.jsonl\.zst: zstd stream damaged after 0 bytes of text"):
         builder.build(replace(config(tmp_path), sources=(bad,)), str(tmp_path / "data"), min_rows=1)
+
+
+def node(cpus, memory=0, label=None, **resources):
+    labels = {"openmoe.ai/role": label} if label else {}
+    return {"Resources": {"CPU": cpus, "memory": memory, **resources}, "Labels": labels}
+
+
+NOT_ON_TPUS = "ray.io/accelerator-type"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "place", "cpus", "labels"),
+    [
+        ([node(8), node(8)], {"reserved_cpus": 6}, 10, set()),
+        ([node(8), node(8)], {"reserved_cpus": 16}, 0, set()),
+        ([node(2), node(8, TPU=4)], {"reserved_cpus": 8}, 2, {NOT_ON_TPUS}),
+        ([node(0), node(8, TPU=4)], {"reserved_cpus": 3}, 5, set()),
+        ([node(2), node(8, TPU=4), node(64, label="data")], {"reserved_cpus": 8}, 64, {"openmoe.ai/role"}),
+        ([node(2), node(16, label="data"), node(8, label="data")], {}, 24, {"openmoe.ai/role"}),
+        ([node(2), node(16, label="serving")], {}, 18, set()),
+        ([node(8, 5e9), node(8, 3e9)], {"task_memory_bytes": 2 * 10**9}, 3, set()),
+        ([node(8, 5e9), node(8, 90e9, label="data")], {"task_memory_bytes": 2 * 10**9}, 8, {"openmoe.ai/role"}),
+    ],
+)
+def test_data_work_goes_where_the_label_says_else_beside_the_workers(nodes, place, cpus, labels):
+    found, selector = builder.offer(nodes, builder.Workplace(**place))
+    assert (found, set(selector or {})) == (cpus, labels)
+
+
+def lethal(row):
+    """The tokenizing task, which one file's units kill, as a document can that is too large for the memory."""
+    unit = json.loads(row["task"])["unit"]
+    if unit["path"].endswith("deadly.jsonl") and unit["start"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tokenize_task(row)
+
+
+def test_a_unit_that_always_kills_its_worker_is_named_and_goes_into_quarantine_when_allowed(
+    ray_local, tmp_path, monkeypatch
+):
+    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(builder, "_tokenize_task", lethal)
+    for name in ("a", "deadly", "z"):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"".join(b'{"text": "%s words"}\n' % name.encode() for _ in range(9)))
+    source = SourceConfig(name="s", format="redpajama", paths=(f"{tmp_path}/*.jsonl",), weight=1.0)
+    said: list[str] = []
+    place = builder.Workplace(say=said.append)
+    limited = config(tmp_path, sources=(source,), unit_bytes=150)
+    message = (
+        rf"^sources\.s: {tmp_path}/deadly\.jsonl \[150, 225\) killed its worker 3 times, as out of memory does; max"
+    )
+    with pytest.raises(DataError, match=message):
+        builder.build(limited, str(tmp_path / "data"), min_rows=1, place=place)
+    deadly = f"s: {tmp_path}/deadly.jsonl [150, 225)"
+    assert said == [f"a worker died, {n} of 3 times over {deadly}" for n in (1, 2)]
+
+    allowed = replace(limited, sources=(replace(source, max_quarantined_units=1),))
+    manifest = builder.build(allowed, str(tmp_path / "data"), min_rows=1, place=place)
+    [empty] = [unit for unit in manifest.sources[0].units if "quarantined" in unit]
+    assert [empty["quarantined"], empty["path"]] == ["killed its worker 3 times", f"{tmp_path}/deadly.jsonl"]
+    assert [empty[field] for field in ("start", "stop", "documents", "tokens")] == [150, 225, 0, 0]
+    assert [unit["documents"] for unit in manifest.sources[0].units] == [8, 1, 6, 0, 8, 1]
+    with pytest.raises(
+        DataError, match=r"1 units are quarantined, max_quarantined_units allows 0; the first is .*deadly"
+    ):
+        builder.build(limited, str(tmp_path / "data"), min_rows=1, place=place)
 
 
 def test_a_full_disk_stops_the_build_and_more_room_lets_it_finish_in_the_same_bytes(

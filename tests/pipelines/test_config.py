@@ -14,6 +14,7 @@ DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources":
     [
         ({"name": "C4 en"}, "name: lower-case letters, digits, _ and - wanted, got 'C4 en'"),
         ({"format": "csv"}, "format: redpajama, the_stack or text, got 'csv'"),
+        ({"max_quarantined_units": -1}, "max_quarantined_units: must be at least 0, got -1"),
         ({"missing": "ignore"}, "missing: stop or renormalize, got 'ignore'"),
         ({"max_document_bytes": 0}, r"max_document_bytes: must be in \[1, 2\^31\), got 0"),
         ({"paths": ()}, r"paths: at least one non-empty glob wanted, got \[\]"),

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 
 import pyarrow as pa
@@ -45,8 +46,7 @@ def read_all(config: SourceConfig, unit_bytes: int = 2**20) -> list[Document | B
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_good_lines_survive_among_bad_ones_and_each_bad_one_has_its_reason(tmp_path, suffix):
-    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(DIRT))
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](DIRT))
     records = read_all(source(tmp_path / "*"))
     assert [(r.text, r.repaired) for r in records if isinstance(r, Document)] == GOOD
     assert [r.reason for r in records if isinstance(r, BadLine)] == BAD
@@ -55,20 +55,57 @@ def test_good_lines_survive_among_bad_ones_and_each_bad_one_has_its_reason(tmp_p
         assert isinstance(record, Document) or record.raw == line
 
 
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
 @given(
-    lines=st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 9)), max_size=30), unit_bytes=st.integers(1, 200)
+    lines=st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 9)), max_size=30),
+    unit_bytes=st.integers(1, 200),
+    suffix=st.sampled_from(list(COMPRESS)),
 )
 @settings(deadline=None, max_examples=60)
-def test_any_bytes_in_any_cut_never_crash_and_never_lose_a_good_line(tmp_path_factory, lines, unit_bytes):
-    path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
+def test_any_bytes_in_any_cut_never_crash_and_never_lose_a_good_line(tmp_path_factory, lines, unit_bytes, suffix):
+    path = tmp_path_factory.mktemp("fuzz") / f"a.jsonl{suffix}"
     good = [f"document {line}" for line in lines if isinstance(line, int)]
-    path.write_bytes(
-        b"\n".join(
-            json.dumps({"text": f"document {line}"}).encode() if isinstance(line, int) else line for line in lines
-        )
+    content = b"\n".join(
+        json.dumps({"text": f"document {line}"}).encode() if isinstance(line, int) else line for line in lines
     )
-    documents = [r.text for r in read_all(source(path), unit_bytes) if isinstance(r, Document)]
+    path.write_bytes(COMPRESS[suffix](content))
+    config = source(path, max_document_bytes=35)
+    documents = [r.text for r in read_all(config, unit_bytes) if isinstance(r, Document)]
     assert [text for text in documents if text in set(good)] == good
+
+
+@st.composite
+def damaged_files(draw):
+    """A name and any bytes, or those of a good file with some of them changed or cut off."""
+    suffix = draw(st.sampled_from(["jsonl.gz", "jsonl.zst", "parquet", "txt", "txt.gz"]))
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"content": ["one", None, "two"] * 5}), parquet, row_group_size=4)
+    good = {"parquet": parquet.getvalue(), "txt": lines, "jsonl.zst": zstandard.compress(lines)}
+    content = bytearray(good.get(suffix) or gzip.compress(lines, mtime=0))
+    for at, byte in draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=3)):
+        content[at] = byte
+    cut = content[: draw(st.integers(0, len(content)))]
+    return f"a.{suffix}", draw(st.sampled_from([bytes(content), bytes(cut), draw(st.binary(max_size=60))]))
+
+
+@given(file=damaged_files(), unit_bytes=st.integers(1, 100))
+@settings(deadline=None, max_examples=60)
+def test_a_damaged_file_of_any_format_is_read_or_refused_in_one_line_that_names_it(tmp_path_factory, file, unit_bytes):
+    name, content = file
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(content)
+    kind = {"parquet": "the_stack", "txt": "text"}.get(name.split(".")[1], "redpajama")
+    records, refused = [], ""
+    try:
+        records = read_all(source(path, format=kind), unit_bytes)
+    except (DataError, storage.StorageError) as error:
+        refused = str(error)
+    assert all(isinstance(record, Document | BadLine) for record in records)
+    assert refused.startswith(f"{path}: ") or not refused
+    assert "\n" not in refused
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 10_000])

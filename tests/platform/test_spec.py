@@ -218,13 +218,13 @@ NUM_FIELDS = {
     spec.RunSpec: 13,
     spec_sections.TrainConfig: 7,
     spec_sections.MeshConfig: 4,
-    spec_sections.ClusterConfig: 12,
+    spec_sections.ClusterConfig: 14,
     spec_sections.BudgetsConfig: 8,
     ModelConfig: 34,
     ExecutionConfig: 4,
     OptimizerConfig: 8,
-    DataConfig: 10,
-    SourceConfig: 5,
+    DataConfig: 12,
+    SourceConfig: 8,
     StageConfig: 3,
 }
 
