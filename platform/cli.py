@@ -12,6 +12,7 @@ from openmoe.platform import (
     cli_cluster,
     cli_convert,
     cli_dashboard,
+    cli_explain,
     cli_generate,
     cli_jobs,
     cli_ledger,
@@ -255,6 +256,9 @@ def _source_row(source: "SourceSummary") -> tuple[str, ...]:
         f"{source.loss:.1%}",
         " ".join(f"{name} {share:.0%}" for name, share in source.denoisers.items()),
     )
+
+
+data_app.command("explain")(cli_explain.explain)
 
 
 @model_app.command("describe")

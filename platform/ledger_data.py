@@ -12,16 +12,26 @@ from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.loader import Loader
 from openmoe.platform.ledger import Entry, Mismatch
+from openmoe.platform.run_dir import RunDir
 
 HINT_STEPS = 64  # before and after a step, among whose rows it is sought what the step consumed instead
 
 
-def manifest_of(data_dir: str, data_id: str) -> str:
+def manifest_of(run: RunDir, data_id: str, data_dir: str | None = None) -> str:
     """Returns the path of the build of the rows `data_id`; of several, that with the most rows.
+
+    Args:
+      run: that was trained on them.
+      data_id: of its acceptances and incarnations.
+      data_dir: where they are; None: as in the run file, but for data inside the run directory, which moves with it.
 
     Raises:
       DataError: there is none.
     """
+    if data_dir is None:
+        spec = run.record()["spec"]
+        inside = spec["data_dir"] == storage.join(spec["run_dir"], "data")
+        data_dir = run.at("data") if inside else spec["data_dir"]
     folder = storage.join(data_dir, "manifests")
     found = [manifests.load(storage.join(folder, name)) for name in storage.list_files(folder)]
     paths = [manifest.path for manifest in found if manifest.data_id == data_id]
