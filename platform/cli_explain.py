@@ -60,28 +60,31 @@ def uses_of(run: "RunDir", row: int) -> "Iterator[tuple[int, int, Fate | str]]":
     """Yields (step, incarnation, what became of it) of each time a row was consumed, as the ledger has it."""
     from openmoe.platform import ledger, lineage
     from openmoe.platform.cli_ledger import records
+    from openmoe.platform.run_dir import RunDirError
 
     claims = run.claims()
-    line = lineage.line(claims, run.acceptances(), run.quarantined())
     newest = max((claim.incarnation for claim in claims), default=0)
-    for incarnation, record in records(run):
-        entry = ledger.from_json(record)
-        if entry.lo <= row < entry.hi:
-            fate = ledger.fate(line, newest, incarnation, entry)
-            yield entry.step, incarnation, f"skipped: {entry.incident}" if entry.incident else fate
+    try:
+        line = lineage.line(claims, run.acceptances(), run.quarantined())
+        for incarnation, record in records(run):
+            entry = ledger.from_json(record)
+            if entry.lo <= row < entry.hi:
+                fate = ledger.fate(line, newest, incarnation, entry)
+                yield entry.step, incarnation, f"skipped: {entry.incident}" if entry.incident else fate
+    except ValueError as error:
+        raise RunDirError(f"{run.path}: its ledger is damaged ({error}); `openmoe ledger verify` says where") from error
 
 
 def _json(found: "Explanation", uses: "list[tuple[int, int, str]] | None") -> dict[str, Any]:
-    segments = [
-        s._asdict()
-        | {
-            "origin": s.origin._asdict(),
-            **{key: [p._asdict() for p in getattr(s, key)] for key in ("inputs", "targets")},
-        }
-        for s in found.segments
-    ]
     told = [{"step": step, "incarnation": incarnation, "fate": fate} for step, incarnation, fate in uses or ()]
-    return {**found._asdict(), "segments": segments, "uses": None if uses is None else told}
+    return {**_plain(found), "uses": None if uses is None else told}
+
+
+def _plain(value: Any) -> Any:
+    """Returns named tuples, and those inside, as dictionaries."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value._asdict().items()} if hasattr(value, "_asdict") else value
 
 
 def _show(found: "Explanation", uses: "list[tuple[int, int, str]] | None") -> None:

@@ -14,7 +14,7 @@ from openmoe.model import checksum
 from openmoe.pipelines import build, stdlib_corpus, storage
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import cli, ledger, report, spec
+from openmoe.platform import cli, journal, ledger, ledger_data, report, spec
 from openmoe.platform.ledger_data import Comparison
 from openmoe.platform.lineage import Position
 from openmoe.platform.recorder import NonFiniteLoss
@@ -119,13 +119,14 @@ def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train,
     accept, recorded = RunDir.accept, []
 
     def watch(self, acceptance):
-        recorded.append((acceptance.step, [r["step"] for r in self.trace()]))
+        entries = [record["step"] for _, _, record in journal.read(self.at("ledger"))]
+        recorded.append((acceptance.step, [r["step"] for r in self.trace()], entries))
         return accept(self, acceptance)
 
     monkeypatch.setattr(RunDir, "accept", watch)
     train("a")
-    for step, steps in recorded:
-        assert steps[:step] == list(range(1, step + 1))
+    for step, *kept in recorded:
+        assert [steps[:step] for steps in kept] == [list(range(1, step + 1))] * 2
 
 
 def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
@@ -232,12 +233,19 @@ def test_the_ledger_proves_what_was_trained_on_with_undone_steps_here_and_on_gs(
     for parts in [("run.json",), *inside]:
         storage.write_durable(copy.at(*parts), storage.read_bytes(run.at(*parts)))
     assert openmoe("ledger", "verify", copy.path, "--sample", "3") == (0, told | {"compared": 3})
+    shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path]).stdout
+    assert shown.splitlines()[-1] == "PROVEN: each row of [0, 48) was trained on exactly once"
     _, explained = openmoe("data", "explain", run.path, "--row", "39")
     assert explained["row"] == 39
     assert explained["uses"] == [
         {"step": 5, "incarnation": 1, "fate": "undone"},
         {"step": 5, "incarnation": 2, "fate": "counts"},
     ]
+    shown = CliRunner().invoke(cli.app, ["data", "explain", run.path, "--row", "39"]).stdout
+    assert "\nused     step 5 of incarnation 1 (undone); step 5 of incarnation 2 (counts)\n" in shown
+    [segment, *_] = explained["segments"]
+    assert f"\n  {segment['origin']['file']}, {segment['origin']['unit']} {segment['origin']['offset']:,}\n" in shown
+    assert openmoe("data", "explain", data[1].path, "--row", "39") == (0, explained | {"uses": None})
 
 
 def test_the_ledger_names_a_step_that_got_other_rows_than_it_says(train, monkeypatch):
@@ -284,6 +292,16 @@ def test_other_rows_than_the_ledger_says_are_told_apart(data, consumed, hint):
     sums = checksum.batch_checksum(rows_of(loader, *consumed)).tolist()
     mismatch = Comparison(loader)(ledger.trained("", Position(4, 32), 24, sums))
     assert mismatch is None if hint is None else mismatch.hint == hint
+
+
+def test_reading_ahead_changes_no_answer(data, monkeypatch):
+    monkeypatch.setattr(ledger_data, "READ_ROWS", 20)
+    loader = Loader(data[1].path)
+    compare, firsts = Comparison(loader), [*range(0, loader.num_rows - 8, 8), 3, 11, 19, 0, loader.num_rows - 8]
+    for lo in firsts:
+        sums = checksum.batch_checksum(loader.rows(lo, lo + 8)).tolist()
+        assert compare(ledger.trained("", Position(1, lo + 8), lo, sums)) is None
+        assert compare(ledger.trained("", Position(1, lo + 8), lo, [sums[0], 0])) is not None
 
 
 def test_a_run_without_a_ledger_says_so(train, tmp_path):
