@@ -83,7 +83,8 @@ def from_json(record: Record) -> Entry:
         raise ValueError(f"version {record.get('version')}, this program reads {VERSION}")
     match record:
         case {"step": int(step), "rows": [int(lo), int(hi)], "checksum": [int(a), int(b)], "digest": str(digest)}:
-            return Entry(step, lo, hi, (a, b), "", digest)
+            if max(a, b) < 2**32 and min(a, b) >= 0:
+                return Entry(step, lo, hi, (a, b), "", digest)
         case {"step": int(step), "rows": [int(lo), int(hi)], "skipped": str(why), "digest": str(digest)} if why:
             return Entry(step, lo, hi, (), why, digest)
     raise ValueError(f"{json.dumps(record)[:200]}")

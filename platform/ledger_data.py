@@ -69,7 +69,9 @@ class Comparison:
         return self._read[entry.lo - self._first_row : entry.hi - self._first_row]
 
     def _hashes(self, lo: int, hi: int) -> np.ndarray:
-        return checksum.row_hashes(self._loader.rows(lo, hi))
+        """Returns uint32[hi - lo, 2], the hashes of rows, which themselves may be too many for the memory."""
+        parts = (self._loader.rows(start, min(start + READ_ROWS, hi)) for start in range(lo, hi, READ_ROWS))
+        return np.concatenate([checksum.row_hashes(part) for part in parts])
 
     def _hint(self, entry: Entry, hashes: np.ndarray, difference: np.ndarray) -> str:
         """Says which rows the step consumed instead, if they are near: as many in a row, or one in another's place."""

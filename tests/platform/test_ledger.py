@@ -192,6 +192,7 @@ DAMAGE = {
     "checksum": _change(checksum=lambda r: [1, 2]),
     "digest": _change(digest=lambda r: "0" * 64),
     "trained on, not skipped": _change(skipped=lambda r: "it was not"),
+    "too large": _change(checksum=lambda r: [2**32, 0]),
     "no numbers": _change(rows=lambda r: ["0", "4"]),
 }
 
@@ -299,9 +300,17 @@ def test_a_step_that_consumed_something_else_is_named_and_only_where_it_is_looke
     assert killed.verify(compare=other, chosen={1, 2, 7}).compared == 3
 
 
-def test_an_acceptance_that_is_gone_is_named(killed):
-    del killed.acceptances[0]
+def test_claims_and_acceptances_that_lead_nowhere_are_named(killed):
+    first, second = killed.acceptances
+    killed.acceptances = [second]
     assert lines(killed.verify()) == ["incarnation 2: it goes on from acceptance 1, which is not there"]
+    killed.acceptances = [replace(first, incarnation=2), second]
+    assert lines(killed.verify()) == ["incarnation 2: it goes on from acceptance 1, which incarnation 2 wrote"]
+    killed.acceptances = [first, replace(second, incarnation=3)]
+    assert lines(killed.verify()) == ["incarnation 3: acceptance 2 is of it, and it never claimed the run"]
+    killed.acceptances = [first, second]
+    killed.records.append((3, killed.records[-1][1]))
+    assert lines(killed.verify()) == ["incarnation 3: it has entries, and it never claimed the run"]
 
 
 def test_an_incarnation_without_a_ledger_is_not_proven_and_the_others_are(killed):
