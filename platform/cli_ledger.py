@@ -94,10 +94,10 @@ def _chosen(steps: str | None, sample: int | None, last: int) -> Container[int]:
         if len(ends) != 2 or not all(end.isdecimal() for end in ends) or not 1 <= int(ends[0]) <= int(ends[1]):
             raise SpecError([Problem("", f"--steps {steps}: give the first and the last step, as 100:200")])
         first, stop = int(ends[0]), min(int(ends[1]), last)
-    if sample is None:
-        return range(first, stop + 1)
+        if first > last:
+            raise SpecError([Problem("", f"--steps {steps}: the newest checkpoint is that of step {last}")])
     of = range(first, stop + 1)
-    return set(random.sample(of, min(sample, len(of))))
+    return of if sample is None else set(random.sample(of, min(sample, len(of))))
 
 
 def _show(findings: "Findings", record: dict[str, Any], last: int, *, as_json: bool) -> None:
@@ -134,10 +134,13 @@ def verdict(findings: "Findings") -> str:
             f"NOT PROVEN: steps {_listed(findings.unrecorded)} left no entries: an earlier version trained them, or "
             "their part of ledger/ was lost; all others hold"
         )
-    skipped = " or skipped as listed" if findings.skipped else ""
-    all_compared = findings.compared == position.step
-    data = "" if all_compared else f"; {findings.compared:,} of {position.step:,} steps were compared with the shards"
-    return f"PROVEN: each row of [0, {position.next_row:,}) was trained on exactly once{skipped}{data}"
+    once = f"each row of [0, {position.next_row:,}) was trained on exactly once"
+    once += " or skipped as listed" if findings.skipped else ""
+    if not findings.compared:
+        return f"CONSISTENT: the entries say that {once}; nothing was compared with the shards"
+    if findings.compared < position.step:
+        return f"PROVEN IN PART: {once}; {findings.compared:,} of {position.step:,} steps were compared with the shards"
+    return f"PROVEN: {once}"
 
 
 def _count(parts: "Sequence[Steps]") -> str:

@@ -309,8 +309,14 @@ def test_claims_and_acceptances_that_lead_nowhere_are_named(killed):
     killed.acceptances = [first, replace(second, incarnation=3)]
     assert lines(killed.verify()) == ["incarnation 3: acceptance 2 is of it, and it never claimed the run"]
     killed.acceptances = [first, second]
+    killed.records.insert(0, (0, killed.records[0][1]))
+    assert lines(killed.verify()) == ["incarnation 0: it has entries, and it never claimed the run"]
+
+
+def test_an_incarnation_that_begins_while_the_ledger_is_read_is_left_for_the_next_time(killed):
+    before = killed.verify()
     killed.records.append((3, killed.records[-1][1]))
-    assert lines(killed.verify()) == ["incarnation 3: it has entries, and it never claimed the run"]
+    assert killed.verify() == before
 
 
 def test_an_incarnation_without_a_ledger_is_not_proven_and_the_others_are(killed):

@@ -20,6 +20,7 @@ from openmoe.platform.lineage import Position
 from openmoe.platform.recorder import NonFiniteLoss
 from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.saver import DamagedCheckpoint, Superseded
+from openmoe.platform.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -235,6 +236,10 @@ def test_the_ledger_proves_what_was_trained_on_with_undone_steps_here_and_on_gs(
     assert openmoe("ledger", "verify", copy.path, "--sample", "3") == (0, told | {"compared": 3})
     shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path]).stdout
     assert shown.splitlines()[-1] == "PROVEN: each row of [0, 48) was trained on exactly once"
+    shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path, "--no-data"]).stdout
+    assert shown.splitlines()[-1].startswith("CONSISTENT: the entries say that each row of [0, 48) was trained on")
+    with pytest.raises(SpecError, match="--steps 7:9: the newest checkpoint is that of step 6"):
+        CliRunner().invoke(cli.app, ["ledger", "verify", run.path, "--steps", "7:9"], catch_exceptions=False)
     _, explained = openmoe("data", "explain", run.path, "--row", "39")
     assert explained["row"] == 39
     assert explained["uses"] == [
