@@ -12,6 +12,7 @@ from openmoe.platform import (
     cli_cluster,
     cli_convert,
     cli_dashboard,
+    cli_explain,
     cli_generate,
     cli_jobs,
     cli_ledger,
@@ -260,6 +261,9 @@ def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
         f"{stream.loss:.1%}",
         " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
     )
+
+
+data_app.command("explain")(cli_explain.explain)
 
 
 @model_app.command("describe")

@@ -50,7 +50,7 @@ def verify(
     if no_data:
         findings = ledger.verify(*facts, chosen=range(0))
     else:
-        loader = Loader(ledger_data.manifest_of(data or record["spec"]["data_dir"], newest.data_id))
+        loader = Loader(ledger_data.manifest_of(run, newest.data_id, data))
         total = sum(step in chosen for step in range(1, newest.step + 1))
         with progress.ProgressReport() as show:
             compare = ledger_data.Comparison(loader, lambda done: show("compare", done, total, "steps"))
@@ -94,10 +94,10 @@ def _chosen(steps: str | None, sample: int | None, last: int) -> Container[int]:
         if len(ends) != 2 or not all(end.isdecimal() for end in ends) or not 1 <= int(ends[0]) <= int(ends[1]):
             raise SpecError([Problem("", f"--steps {steps}: give the first and the last step, as 100:200")])
         first, stop = int(ends[0]), min(int(ends[1]), last)
-    if sample is None:
-        return range(first, stop + 1)
+        if first > last:
+            raise SpecError([Problem("", f"--steps {steps}: the newest checkpoint is that of step {last}")])
     of = range(first, stop + 1)
-    return set(random.sample(of, min(sample, len(of))))
+    return of if sample is None else set(random.sample(of, min(sample, len(of))))
 
 
 def _show(findings: "Findings", record: dict[str, Any], last: int, *, as_json: bool) -> None:
@@ -105,25 +105,22 @@ def _show(findings: "Findings", record: dict[str, Any], last: int, *, as_json: b
     if as_json:
         print(json.dumps(_json(findings, record["name"], row_tokens), indent=2))
         return
-    position, compared = findings.position, findings.compared
-    trained, tokens = findings.trained_rows, findings.trained_rows * row_tokens
-    rows = [
+    position, rows = findings.position, findings.trained_rows
+    skipped = "; ".join(f"rows [{s.lo}, {s.hi}): {s.incident}" for s in findings.skipped)
+    table = [
         ("steps", f"{position.step:,}", f"of {last:,} up to the newest checkpoint"),
-        ("rows", f"{trained:,}", f"of [0, {position.next_row:,}), trained on"),
-        ("tokens", f"{tokens:,}", f"{row_tokens:,} a row, padding included"),
-        ("incarnations", f"{len(findings.line) + len(findings.unrecorded)}", _listed(findings.line)),
+        ("rows", f"{rows:,}", f"of [0, {position.next_row:,}), trained on"),
+        ("tokens", f"{rows * row_tokens:,}", f"{row_tokens:,} a row, padding included"),
+        ("incarnations", f"{len(findings.line)}", _listed(findings.line)),
         ("undone", _count(findings.undone), _listed(findings.undone)),
         ("not accepted", _count(findings.not_accepted), _listed(findings.not_accepted)),
-        (
-            "skipped",
-            f"{len(findings.skipped)}",
-            "; ".join(f"rows [{s.lo}, {s.hi}): {s.incident}" for s in findings.skipped),
-        ),
-        ("unrecorded", _count(findings.unrecorded), _listed(findings.unrecorded)),
-        ("compared", f"{compared:,}", "steps with what the shards hold"),
+        ("without entries", _count(findings.unrecorded), _listed(findings.unrecorded)),
+        ("skipped", f"{len(findings.skipped)}", skipped),
+        ("compared", f"{findings.compared:,}", "steps with what the shards hold"),
         ("head", findings.head[:16], "equal heads: the same batches in the same order"),
     ]
-    tables.show(f"ledger of {record['name']}", ("", "", ""), rows)
+    always = ("undone", "skipped", "compared")
+    tables.show(f"ledger of {record['name']}", ("", "", ""), [t for t in table if t[1] != "0" or t[0] in always])
     print(verdict(findings))
 
 
@@ -131,13 +128,19 @@ def verdict(findings: "Findings") -> str:
     """Returns the result in words."""
     position = findings.position
     if findings.contradiction:
-        return "\n          ".join(("CONTRADICTION", *findings.contradiction.lines()))
+        return "\n    ".join(("CONTRADICTION", *findings.contradiction.lines()))
     if findings.unrecorded:
-        return f"NOT PROVEN: {_listed(findings.unrecorded)}: kept no ledger, or it was lost; all others hold"
-    skipped = " or skipped as listed" if findings.skipped else ""
-    all_compared = findings.compared == position.step
-    data = "" if all_compared else f"; {findings.compared:,} of {position.step:,} steps were compared with the shards"
-    return f"PROVEN: each row of [0, {position.next_row:,}) was trained on exactly once{skipped}{data}"
+        return (
+            f"NOT PROVEN: steps {_listed(findings.unrecorded)} left no entries: an earlier version trained them, or "
+            "their part of ledger/ was lost; all others hold"
+        )
+    once = f"each row of [0, {position.next_row:,}) was trained on exactly once"
+    once += " or skipped as listed" if findings.skipped else ""
+    if not findings.compared:
+        return f"CONSISTENT: the entries say that {once}; nothing was compared with the shards"
+    if findings.compared < position.step:
+        return f"PROVEN IN PART: {once}; {findings.compared:,} of {position.step:,} steps were compared with the shards"
+    return f"PROVEN: {once}"
 
 
 def _count(parts: "Sequence[Steps]") -> str:

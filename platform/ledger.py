@@ -83,7 +83,8 @@ def from_json(record: Record) -> Entry:
         raise ValueError(f"version {record.get('version')}, this program reads {VERSION}")
     match record:
         case {"step": int(step), "rows": [int(lo), int(hi)], "checksum": [int(a), int(b)], "digest": str(digest)}:
-            return Entry(step, lo, hi, (a, b), "", digest)
+            if max(a, b) < 2**32 and min(a, b) >= 0:
+                return Entry(step, lo, hi, (a, b), "", digest)
         case {"step": int(step), "rows": [int(lo), int(hi)], "skipped": str(why), "digest": str(digest)} if why:
             return Entry(step, lo, hi, (), why, digest)
     raise ValueError(f"{json.dumps(record)[:200]}")
@@ -173,7 +174,10 @@ class Findings:
 
     @property
     def holds(self) -> bool:
-        """Whether every row before `position` was trained on exactly once, or skipped with its incident."""
+        """Whether every row before `position` was trained on exactly once, or skipped with its incident.
+
+        As the entries say; that they say the truth is shown for those that were compared with the shards.
+        """
         return self.contradiction is None and not self.unrecorded
 
 
@@ -201,17 +205,19 @@ def verify(
     """
     walk = _Walk(Findings(), compare, chosen)
     resumes = {claim.incarnation: claim.resumes for claim in claims}
-    starts = {a.number: a for a in acceptances}
+    starts, newest = {a.number: a for a in acceptances}, max(resumes, default=0)
     try:
         waiting = lineage.line(claims, acceptances, quarantined)
         for incarnation, group in itertools.groupby(records, key=lambda record: record[0]):
+            if incarnation > newest:
+                break  # it began after the claims were read
             while waiting and waiting[0].incarnation < incarnation:
                 walk.pass_over(waiting.pop(0))
             walk.begin(incarnation, resumes.get(incarnation), starts)
             entries = _parsed(group)
             if waiting and waiting[0].incarnation == incarnation:
                 walk.along(waiting.pop(0), entries)
-            walk.beyond(incarnation, entries, newest=max(resumes))
+            walk.beyond(incarnation, entries, newest=newest)
         for stretch in waiting:
             walk.pass_over(stretch)
     except lineage.BrokenLine as error:

@@ -1,8 +1,12 @@
 """A run whose data, records and checkpoints all lie on gs:// (a real emulator over HTTP) survives a kill as well."""
 
+import json
+
 import pytest
+from typer.testing import CliRunner
 
 from openmoe.pipelines import storage
+from openmoe.platform import cli
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -22,5 +26,9 @@ def test_a_run_on_gs_that_is_killed_resumes_with_the_bits_of_a_local_one(trainer
     assert curves(run.run.at("tensorboard"))["loss/cross_entropy"] == {r["step"]: r["loss"] for r in theirs}
     assert [c.incarnation for c in run.run.claims()] == [1, 2]
     assert run.run.finished()["steps"] == 60
+    proven = CliRunner().invoke(cli.app, ["ledger", "verify", run.run_dir, "--json"])
+    assert proven.exit_code == 0, proven.output
+    found = json.loads(proven.stdout)
+    assert (found["compared"], found["head"]) == (60, undisturbed.newest_accepted().ledger_head)
     accepted = [acceptance.checkpoint for acceptance in run.run.acceptances()]
     assert [path for path in accepted if storage.exists(run.run.at(path))] == accepted[-3:]  # keep_checkpoints

@@ -1,7 +1,10 @@
 """Whatever is killed, the same command goes on with the very next row, and with the same bits."""
 
 import contextlib
+import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,16 @@ def bits(run):
 def assert_every_row_once(run):
     rows = [r["rows"] for r in run.trace()]
     assert rows == [[BATCH_ROWS * s, BATCH_ROWS * (s + 1)] for s in range(STEPS)]
+
+
+def assert_proven(run):
+    """The ledger, as a user asks for it: a process of its own, and every step compared with the shards."""
+    command = [sys.executable, "-m", "openmoe.platform", "ledger", "verify", run.path, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    assert (found["steps"], found["compared"], found["next_row"]) == (STEPS, STEPS, STEPS * BATCH_ROWS)
+    return found
 
 
 def ends(run):
@@ -66,7 +79,10 @@ def test_a_killed_driver_all_killed_and_a_damaged_checkpoint_leave_the_same_bits
     assert (third.resumes, fourth.resumes) == (newest.number, newest.number - 1)
     assert_every_row_once(run.run)
     assert bits(run.run) == bits(undisturbed)
-    assert run.run.newest_accepted().ledger_head == undisturbed.newest_accepted().ledger_head
+    proven = assert_proven(run.run)
+    assert proven["head"] == undisturbed.newest_accepted().ledger_head
+    assert {1, 4} <= {part["incarnation"] for part in proven["line"]} <= {1, 2, 4}
+    assert {part["incarnation"] for part in proven["undone"]} <= {1, 2}
     drawn = curves(run.run.at("tensorboard"))
     assert drawn["loss/cross_entropy"] == {r["step"]: r["loss"] for r in undisturbed.trace()}
 

@@ -25,11 +25,13 @@ class History:
     def __init__(self):
         self.claims, self.acceptances, self.quarantined, self.records = [], [], [], []
         self.fates = []  # of each record: "counts", "undone", "not accepted"
+        self.superseded = None  # incarnation, position and head of one that lives on though another has the run
         self.preempt()
 
     def preempt(self, lost=0):
         """The newest incarnation ends; of its last records `lost` were not durable; the next one claims the run."""
         newest = self.claims[-1].incarnation if self.claims else 0
+        self.superseded = (newest, self.position, self.head) if newest and not lost else None
         durable = max((i for i, fate in enumerate(self.fates) if fate == "counts"), default=-1) + 1
         while lost and len(self.records) > durable and self.records[-1][0] == newest:
             self.records.pop(), self.fates.pop()
@@ -41,6 +43,19 @@ class History:
             self.fates[i] = "counts" if self.fates[i] == "counts" and record["rows"][1] <= kept else "undone"
         self.position = Position(resumes.step, resumes.next_row) if resumes else Position()
         self.head = resumes.ledger_head if resumes else ""
+
+    def zombie(self):
+        """The incarnation before the newest, which does not know it, takes one more step and accepts it."""
+        if self.superseded is None:
+            return
+        n, position, head = self.superseded
+        after = position.after(rows=BATCH_ROWS)
+        entry = ledger.trained(head, after, position.next_row, content(position.next_row, after.next_row))
+        at = sum(incarnation <= n for incarnation, _ in self.records)
+        self.records.insert(at, (n, ledger.to_json(entry)))
+        self.fates.insert(at, "undone")
+        self.acceptances.append(self._acceptance(n, after, entry.digest))
+        self.superseded = (n, after, entry.digest)
 
     def newest_accepted(self):
         valid = valid_acceptances(self.claims, self.acceptances, self.quarantined)
@@ -61,24 +76,20 @@ class History:
         self._append(ledger.skipped(self.head, self.position, row, "loss spike"))
 
     def accept(self):
-        incarnation, newest = self.claims[-1].incarnation, self.newest_accepted()
+        newest = self.newest_accepted()
         if self.position.step <= (newest.step if newest else 0):
             return
-        self.acceptances.append(
-            Acceptance(
-                number=max((a.number for a in self.acceptances), default=0) + 1,
-                incarnation=incarnation,
-                step=self.position.step,
-                next_row=self.position.next_row,
-                checkpoint="",
-                digest="",
-                ledger_head=self.head,
-                data_id="data",
-            )
-        )
+        self.acceptances.append(self._acceptance(self.claims[-1].incarnation, self.position, self.head))
         for i in range(len(self.fates)):
             if self.fates[i] == "not accepted":
                 self.fates[i] = "counts"
+
+    def _acceptance(self, incarnation, position, head):
+        number = max((a.number for a in self.acceptances), default=0) + 1
+        return Acceptance(
+            number=number, incarnation=incarnation, step=position.step, next_row=position.next_row, checkpoint="",
+            digest="", ledger_head=head, data_id="data",
+        )  # fmt: skip
 
     def quarantine(self):
         """The newest checkpoint turns out to be damaged: the one before it is gone on from."""
@@ -107,7 +118,8 @@ def compare(entry):
 
 STEPS = ["step"] * 6
 ACTIONS = st.lists(
-    st.sampled_from(["step", "step", "step", "accept", "accept", "skip", "preempt", "quarantine"]), max_size=40
+    st.sampled_from(["step", "step", "step", "accept", "accept", "skip", "preempt", "quarantine", "zombie"]),
+    max_size=40,
 )
 
 
@@ -180,6 +192,7 @@ DAMAGE = {
     "checksum": _change(checksum=lambda r: [1, 2]),
     "digest": _change(digest=lambda r: "0" * 64),
     "trained on, not skipped": _change(skipped=lambda r: "it was not"),
+    "too large": _change(checksum=lambda r: [2**32, 0]),
     "no numbers": _change(rows=lambda r: ["0", "4"]),
 }
 
@@ -287,9 +300,23 @@ def test_a_step_that_consumed_something_else_is_named_and_only_where_it_is_looke
     assert killed.verify(compare=other, chosen={1, 2, 7}).compared == 3
 
 
-def test_an_acceptance_that_is_gone_is_named(killed):
-    del killed.acceptances[0]
+def test_claims_and_acceptances_that_lead_nowhere_are_named(killed):
+    first, second = killed.acceptances
+    killed.acceptances = [second]
     assert lines(killed.verify()) == ["incarnation 2: it goes on from acceptance 1, which is not there"]
+    killed.acceptances = [replace(first, incarnation=2), second]
+    assert lines(killed.verify()) == ["incarnation 2: it goes on from acceptance 1, which incarnation 2 wrote"]
+    killed.acceptances = [first, replace(second, incarnation=3)]
+    assert lines(killed.verify()) == ["incarnation 3: acceptance 2 is of it, and it never claimed the run"]
+    killed.acceptances = [first, second]
+    killed.records.insert(0, (0, killed.records[0][1]))
+    assert lines(killed.verify()) == ["incarnation 0: it has entries, and it never claimed the run"]
+
+
+def test_an_incarnation_that_begins_while_the_ledger_is_read_is_left_for_the_next_time(killed):
+    before = killed.verify()
+    killed.records.append((3, killed.records[-1][1]))
+    assert killed.verify() == before
 
 
 def test_an_incarnation_without_a_ledger_is_not_proven_and_the_others_are(killed):

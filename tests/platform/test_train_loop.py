@@ -6,14 +6,21 @@ import re
 import shutil
 import statistics
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from openmoe.pipelines import build, stdlib_corpus
+from openmoe.model import checksum
+from openmoe.pipelines import build, stdlib_corpus, storage
+from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import report, spec
+from openmoe.platform import cli, journal, ledger, ledger_data, report, spec
+from openmoe.platform.ledger_data import Comparison
+from openmoe.platform.lineage import Position
 from openmoe.platform.recorder import NonFiniteLoss
 from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.saver import DamagedCheckpoint, Superseded
+from openmoe.platform.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -113,13 +120,14 @@ def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train,
     accept, recorded = RunDir.accept, []
 
     def watch(self, acceptance):
-        recorded.append((acceptance.step, [r["step"] for r in self.trace()]))
+        entries = [record["step"] for _, _, record in journal.read(self.at("ledger"))]
+        recorded.append((acceptance.step, [r["step"] for r in self.trace()], entries))
         return accept(self, acceptance)
 
     monkeypatch.setattr(RunDir, "accept", watch)
     train("a")
-    for step, steps in recorded:
-        assert steps[:step] == list(range(1, step + 1))
+    for step, *kept in recorded:
+        assert [steps[:step] for steps in kept] == [list(range(1, step + 1))] * 2
 
 
 def test_only_the_newest_checkpoints_are_kept(train, tmp_path):
@@ -195,3 +203,114 @@ def test_other_data_than_the_run_was_trained_on_is_refused(train, data, tmp_path
 def test_processes_that_are_not_in_one_group_are_refused(train):
     with pytest.raises(RuntimeError, match="the JAX process group has 1 processes and 8 devices, the run file says"):
         train("a", "cluster.num_workers=2", "cluster.devices_per_worker=4")
+
+
+def openmoe(*arguments):
+    """Exit code and JSON of a command."""
+    result = CliRunner().invoke(cli.app, [*arguments, "--json"])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_ledger_proves_what_was_trained_on_with_undone_steps_here_and_on_gs(train, data, gcs, tmp_path):
+    def preempted_at_step_5(record):
+        if record["step"] == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train("a", report=preempted_at_step_5)
+    run = train("a")
+    exit_code, found = openmoe("ledger", "verify", run.path)
+    assert exit_code == 0
+    start = run.step_of(run.claims()[1].resumes)  # 4, or 2 if that save was not committed yet
+    line = [{"incarnation": 1, "first": 1, "last": start}, {"incarnation": 2, "first": start + 1, "last": 6}]
+    undone = [{"incarnation": 1, "first": start + 1, "last": 5}]
+    told = {"run": "quickstart", "holds": True, "steps": 6, "next_row": 48, "trained_rows": 48, "tokens": 6144}
+    told |= {"compared": 6, "head": run.acceptances()[-1].ledger_head, "line": line, "undone": undone}
+    told |= {"skipped": [], "not_accepted": [], "unrecorded": [], "contradiction": None}
+    assert found == told
+    copy, folders = RunDir(f"{gcs}/ledger"), ("incarnations", "accepted", "ledger")
+    inside = [(folder, name) for folder in folders for name in storage.list_files(run.at(folder))]
+    for parts in [("run.json",), *inside]:
+        storage.write_durable(copy.at(*parts), storage.read_bytes(run.at(*parts)))
+    assert openmoe("ledger", "verify", copy.path, "--sample", "3") == (0, told | {"compared": 3})
+    shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path]).stdout
+    assert shown.splitlines()[-1] == "PROVEN: each row of [0, 48) was trained on exactly once"
+    shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path, "--no-data"]).stdout
+    assert shown.splitlines()[-1].startswith("CONSISTENT: the entries say that each row of [0, 48) was trained on")
+    with pytest.raises(SpecError, match="--steps 7:9: the newest checkpoint is that of step 6"):
+        CliRunner().invoke(cli.app, ["ledger", "verify", run.path, "--steps", "7:9"], catch_exceptions=False)
+    _, explained = openmoe("data", "explain", run.path, "--row", "39")
+    assert explained["row"] == 39
+    assert explained["uses"] == [
+        {"step": 5, "incarnation": 1, "fate": "undone"},
+        {"step": 5, "incarnation": 2, "fate": "counts"},
+    ]
+    shown = CliRunner().invoke(cli.app, ["data", "explain", run.path, "--row", "39"]).stdout
+    assert "\nused     step 5 of incarnation 1 (undone); step 5 of incarnation 2 (counts)\n" in shown
+    [segment, *_] = explained["segments"]
+    assert f"\n  {segment['origin']['file']}, {segment['origin']['unit']} {segment['origin']['offset']:,}\n" in shown
+    assert openmoe("data", "explain", data[1].path, "--row", "39") == (0, explained | {"uses": None})
+
+
+def test_the_ledger_names_a_step_that_got_other_rows_than_it_says(train, monkeypatch):
+    from openmoe.platform import train_loop
+
+    read = train_loop.global_batch
+
+    def stale(spec, mesh, loader, *, first_row):
+        return read(spec, mesh, loader, first_row=8 if first_row == 24 else first_row)
+
+    monkeypatch.setattr(train_loop, "global_batch", stale)
+    run = train("a")
+    exit_code, found = openmoe("ledger", "verify", run.path)
+    assert exit_code == 1
+    contradiction = found["contradiction"]
+    assert (contradiction["step"], contradiction["rows"], contradiction["incarnation"]) == (4, [24, 32], 1)
+    assert contradiction["what"] == "trained on something else than the shards hold"
+    assert contradiction["hint"] == "to be what rows [8, 16) hold"
+    assert (found["steps"], found["compared"]) == (3, 3)
+    assert openmoe("ledger", "verify", run.path, "--steps", "5:6")[0] == 0
+    assert openmoe("ledger", "verify", run.path, "--no-data")[0] == 0
+
+
+def rows_of(loader, *parts):
+    batches = [loader.rows(*part) for part in parts]
+    return {key: np.concatenate([batch[key] for batch in batches]) for key in checksum.KEYS}
+
+
+@pytest.mark.parametrize(
+    ("consumed", "hint"),
+    [
+        ([(24, 32)], None),
+        ([(28, 32), (24, 28)], None),  # in another order: the same step
+        ([(16, 24)], "to be what rows [16, 24) hold"),
+        ([(32, 40)], "to be what rows [32, 40) hold"),
+        ([(23, 31)], "to be what rows [23, 31) hold"),
+        ([(24, 28), (40, 41), (29, 32)], "to be what these rows hold with row 40 in the place of row 28"),
+        ([(24, 28), (24, 28)], ""),
+        ([(24, 31)], ""),
+    ],
+)
+def test_other_rows_than_the_ledger_says_are_told_apart(data, consumed, hint):
+    loader = Loader(data[1].path)
+    sums = checksum.batch_checksum(rows_of(loader, *consumed)).tolist()
+    mismatch = Comparison(loader)(ledger.trained("", Position(4, 32), 24, sums))
+    assert mismatch is None if hint is None else mismatch.hint == hint
+
+
+def test_reading_ahead_changes_no_answer(data, monkeypatch):
+    monkeypatch.setattr(ledger_data, "READ_ROWS", 20)
+    loader = Loader(data[1].path)
+    compare, firsts = Comparison(loader), [*range(0, loader.num_rows - 8, 8), 3, 11, 19, 0, loader.num_rows - 8]
+    for lo in firsts:
+        sums = checksum.batch_checksum(loader.rows(lo, lo + 8)).tolist()
+        assert compare(ledger.trained("", Position(1, lo + 8), lo, sums)) is None
+        assert compare(ledger.trained("", Position(1, lo + 8), lo, [sums[0], 0])) is not None
+
+
+def test_a_run_without_a_ledger_says_so(train, tmp_path):
+    run = train("a", "train.steps=2")
+    shutil.rmtree(run.at("ledger"))
+    with pytest.raises(RunDirError, match="has no ledger: a version that kept none trained it"):
+        CliRunner().invoke(cli.app, ["ledger", "verify", run.path], catch_exceptions=False)
