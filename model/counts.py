@@ -9,6 +9,7 @@ from typing import NamedTuple
 from openmoe.model.config import ModelConfig
 
 BLOCK_LOGITS = 2**27  # that a device forms at a time: 512 MiB, for 512 positions of umT5's vocabulary
+CPU_BLOCK_POSITIONS = 256  # a CPU forms no more than it must: logits of 256 positions and 8,192 tokens fit its cache
 
 
 @dataclass(frozen=True, kw_only=True)

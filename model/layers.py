@@ -37,6 +37,38 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float, dtype: str) -> Array:
     return (x * jax.lax.rsqrt(mean_square + epsilon)).astype(dtype) * scale.astype(dtype)
 
 
+@jax.custom_vjp
+def product(x: Array, kernel: Array) -> Array:
+    """Returns x @ kernel; its derivative is the usual one, and on a CPU quicker.
+
+    There, XLA's quick product contracts the last axis of its left side. For the kernel's gradient that is not the last
+    of x, and XLA folds a plain transpose back into the product; one behind a barrier it carries out.
+
+    Args:
+      x: [n, d].
+      kernel: [d, m], of the same type.
+    """
+    return x @ kernel
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _product_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = operands
+    of_kernel = jax.lax.platform_dependent(
+        x,
+        cotangent,
+        cpu=lambda x, cotangent: jax.lax.optimization_barrier(x.T) @ cotangent,
+        default=lambda x, cotangent: x.T @ cotangent,
+    )
+    return cotangent @ kernel.T, of_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 def project(x: Array, kernel: Array) -> Array:
     """Multiplies every position's vector by the kernel, in the type of x.
 
@@ -45,13 +77,13 @@ def project(x: Array, kernel: Array) -> Array:
 
     Args:
       x: [b, t, d].
-      kernel: float32[d, n].
+      kernel: float32[d, n], or already in the type of x.
 
     Returns:
       [b, t, n].
     """
     flat = x.reshape(-1, x.shape[-1])
-    return (flat @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+    return product(flat, kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Rows(NamedTuple):

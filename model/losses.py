@@ -7,6 +7,7 @@ group, K = top_k, E experts.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from openmoe.model import sharding
-from openmoe.model.counts import BLOCK_LOGITS
+from openmoe.model.counts import BLOCK_LOGITS, CPU_BLOCK_POSITIONS
 from openmoe.model.sharding import BATCH_AXES
 
 
@@ -70,14 +71,16 @@ def vocabulary_loss(
       weights: float32[b, t].
       z_loss_weight: of the z-loss.
       mesh: over whose devices rows are divided.
-      block_logits: most logits that a device forms at a time, unless a single position has more.
+      block_logits: most logits that a device forms at a time, unless a single position has more; see `num_blocks`.
 
     Returns:
       The sum, float32[], whose gradient flows to `hidden` and `head` alone, and the losses at every position,
       float32[b, t], through which none flows.
     """
     tensor = sharding.tensor_axis(mesh)
-    of_device = functools.partial(_loss_of_device, z_loss_weight, block_logits, tensor)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    blocks_of = functools.partial(num_blocks, block_logits=block_logits, on_cpu=on_cpu)
+    of_device = functools.partial(_loss_of_device, z_loss_weight, blocks_of, tensor)
     by_rows = P(BATCH_AXES)
     in_specs = (by_rows, P(None, tensor), by_rows, by_rows)
     head = sharding.whole(head, ("embed", "vocab"), mesh)
@@ -89,7 +92,7 @@ def vocabulary_loss(
 
 def _loss_of_device(
     z_loss_weight: float,
-    block_logits: int,
+    blocks_of: Callable[[int, int], int],
     tensor: str | None,
     hidden: Array,
     head: Array,
@@ -97,17 +100,25 @@ def _loss_of_device(
     weights: Array,
 ) -> tuple[Array, TokenLosses]:
     """Returns the sum over this device's positions, float32[1], and their losses, float32[b, t]."""
-    blocks = num_blocks(target_ids.size, head.shape[1], block_logits)
+    blocks = blocks_of(target_ids.size, head.shape[1])
     by_block = [x.reshape(blocks, -1, *x.shape[2:]) for x in (hidden, target_ids, weights)]
     head = jax.lax.pcast(head, BATCH_AXES, to="varying")  # so that the devices' gradients are summed once, at the end
     total, per_token = _loss_of_blocks(z_loss_weight, tensor, head, *by_block)
     return total[None], jax.tree.map(lambda x: x.reshape(target_ids.shape), per_token)
 
 
-def num_blocks(num_positions: int, vocab_size: int, block_logits: int = BLOCK_LOGITS) -> int:
-    """Returns into how few equal blocks of at most block_logits logits the positions divide."""
+def num_blocks(num_positions: int, vocab_size: int, block_logits: int = BLOCK_LOGITS, *, on_cpu: bool = False) -> int:
+    """Returns into how many equal blocks the positions divide.
+
+    As few as have at most block_logits logits. On a CPU as many as still have CPU_BLOCK_POSITIONS positions, if that is
+    more: there the logits' way to memory and back takes longer than one more addition to the head's gradient.
+    """
     most = max(block_logits // vocab_size, 1)  # positions of a block
-    return next(k for k in range(1, num_positions + 1) if num_positions % k == 0 and num_positions // k <= most)
+    divisors = [k for k in range(1, num_positions + 1) if num_positions % k == 0]
+    fewest = next(k for k in divisors if num_positions // k <= most)
+    if not on_cpu:
+        return fewest
+    return max(fewest, *(k for k in divisors if num_positions // k >= min(CPU_BLOCK_POSITIONS, num_positions)))
 
 
 def _loss_of_block(

@@ -225,7 +225,8 @@ class DenseLayer(nn.Module):
         h = rows.real * RMSNorm(config, name="pre_self_attention_layer_norm")(x)
         x = add_to_stream(x, Attention(config, mesh, self.execution, name="self_attention")(h, rows), is_early)
         h = rows.real * RMSNorm(config, name="pre_mlp_layer_norm")(x)
-        return add_to_stream(x, gated_mlp(h, GatedKernels(config, mesh, name="mlp")(), config.ffn), is_early)
+        kernels = GatedKernels(config, mesh, name="mlp")()
+        return add_to_stream(x, gated_mlp(h, kernels, config.ffn, project), is_early)
 
 
 class MoELayer(nn.Module):
@@ -253,4 +254,5 @@ class MoELayer(nn.Module):
             return x, output
         if config.extra_mlp == "after":
             h = rows.real * RMSNorm(config, name="pre_extra_mlp_layer_norm")(x)
-        return add_to_stream(x, gated_mlp(h, GatedKernels(config, mesh, name="extra_mlp")(), config.ffn), False), output
+        kernels = GatedKernels(config, mesh, name="extra_mlp")()
+        return add_to_stream(x, gated_mlp(h, kernels, config.ffn, project), False), output

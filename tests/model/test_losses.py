@@ -57,6 +57,22 @@ def test_positions_are_cut_into_few_equal_blocks(num_positions, vocab_size, bloc
     assert losses.num_blocks(num_positions, vocab_size) == blocks
 
 
+@pytest.mark.parametrize(
+    ("num_positions", "vocab_size", "blocks"),
+    [
+        (100, 8576, 1),
+        (512, 8576, 2),
+        (2048, 8576, 8),
+        (2048, 256_384, 8),
+        (521 * 2, 8576, 2),
+        (521, 8576, 1),
+        (6, 2**26, 3),
+    ],
+)
+def test_on_a_cpu_blocks_are_as_small_as_256_positions(num_positions, vocab_size, blocks):
+    assert losses.num_blocks(num_positions, vocab_size, on_cpu=True) == blocks
+
+
 def test_gradients_of_the_published_vocabulary_hold_one_block_of_logits_and_its_derivative(dense_config, mesh_of):
     config = replace(dense_config, num_layers=1, d_model=16, vocab_size=256_384, text_vocab_size=256_000)
     params = step.state_shapes(config, OptimizerConfig(), mesh_of(1, 1)).params
