@@ -365,9 +365,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {KINDS}")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", metavar="TOKENS", help="sizes of routing groups, not the shape's"
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     shape = SHAPES[chosen.shape]
+    shape = replace(shape, group_sizes=tuple(chosen.groups or shape.group_sizes))
     dtypes = ("float32", "bfloat16") if chosen.dtype == "both" else (chosen.dtype,)
     found = [v for dtype in dtypes for v in variants_of(shape, dtype) if v.kind in chosen.only]
     variants = list(dict.fromkeys(found))  # one head is enough
