@@ -205,7 +205,8 @@ def _huge_pages() -> dict[str, str]:
     """Returns what lets glibc's malloc ask for huge pages, unless the user has tuned it; elsewhere nobody reads it.
 
     XLA takes each step's temporary arrays from malloc, which maps them anew, page fault by page fault. It has to be set
-    before a process starts.
+    before a process starts. A process with JAX and one small product: 264 MB resident instead of 262; a training
+    worker's growth has not been measured.
     """
     return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
