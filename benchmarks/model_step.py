@@ -1,25 +1,32 @@
-"""The training step beside what it could be: the original's one-hot products, dropless experts, a dense model, matmul.
+"""The training step beside what it could be: the original's one-hot products, dropless experts, dense models, matmul.
 
     .venv/bin/python benchmarks/model_step.py [--shape cpu|8b-block|tiny] [--dtype float32|bfloat16|both] [--json FILE]
 
 jax, flax and optax alone, without Ray, data and checkpoints, and without installing anything: a clone does. One
-process, one device, random ids, the real optimizer. Printed for each variant: tokens/s in the median step; the
-arithmetic it executes, as a share of the best matrix product of this very process (measured around each variant, since
-machines have other things to do); the head's part of that arithmetic; seconds to compile. Below that, ours against the
-one-hot step at each group size, beside the bound that counting floating-point operations gives.
+process, one device, random ids, the real optimizer. All variants are compiled, then take turns, step by step, and so
+does matmul: what else the machine does meets them all, and ratios are those of neighbouring steps.
+
+Printed for each variant: tokens/s in the median step; the arithmetic it executes, as a share of the best matrix product
+of this very process; on a CPU the same by CPU time, which other processes disturb less; the head's part of the
+arithmetic; seconds to compile. Below that, ours against the others, beside the bound that counting floating-point
+operations gives.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -35,10 +42,12 @@ if installed is None:  # a clone that was not installed: its folders are the pac
     package.__path__ = [str(Path(__file__).resolve().parents[1])]
     sys.modules["openmoe"] = package
 
-from openmoe.model import moe, sharding, step
+from openmoe.model import losses, moe, sharding, step
 from openmoe.model.config import PRESETS, ModelConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig()
+KINDS = ("ours", "one-hot", "dropless", "dense, equal FLOPs", "dense, same width", "head alone")
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the platform's CPU workers have them
 PRODUCTS = 3  # of each forward product, two more in the backward pass
 
 
@@ -77,7 +86,7 @@ SHAPES = {
         config=replace(PRESETS["openmoe-nano"], num_layers=2, d_model=32, d_ff=32, head_dim=16, vocab_size=8576),
         rows=2,
         seq_len=64,
-        group_sizes=(64, 128),
+        group_sizes=(64,),
     ),
 }
 
@@ -86,15 +95,34 @@ SHAPES = {
 class Variant:
     """One way to do the step."""
 
-    name: str
+    kind: str
     config: ModelConfig
     rows: int
     seq_len: int
-    one_hot: bool = False
+
+    @property
+    def name(self) -> str:
+        in_groups = self.kind in ("ours", "one-hot")
+        return f"{self.kind}, groups of {self.config.group_size}" if in_groups else self.kind
 
     @property
     def tokens(self) -> int:
         return self.rows * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Of the same work again and again."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)  # of all threads
+
+    def measure(self, work: Callable[[], Any]) -> Any:
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        result = jax.block_until_ready(work())
+        self.wall_s.append(time.perf_counter() - wall_s)
+        self.cpu_s.append(time.process_time() - cpu_s)
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,35 +131,38 @@ class Measured:
 
     name: str
     dtype: str
-    tokens_per_s: float
+    tokens: int
     flops_per_token: float
     head_share: float
-    flops_per_s: float
-    peak_flops_per_s: float
     compile_s: float
     loss: float
+    times: Times
+
+    @property
+    def flops(self) -> float:
+        return self.tokens * self.flops_per_token
 
 
 def variants_of(shape: Shape, dtype: str) -> list[Variant]:
-    base, found = replace(shape.config, dtype=dtype), []
+    base, rest = replace(shape.config, dtype=dtype), {"rows": shape.rows, "seq_len": shape.seq_len}
+    found = []
     for size in shape.group_sizes:
-        rows = max(shape.rows, size // shape.seq_len)
         grouped = replace(base, group_size=size)
-        found.append(Variant(name=f"ours, groups of {size}", config=grouped, rows=rows, seq_len=shape.seq_len))
-        one_hot = Variant(
-            name=f"one-hot, groups of {size}", config=grouped, rows=rows, seq_len=shape.seq_len, one_hot=True
-        )
-        found.append(one_hot)
+        rows = max(shape.rows, size // shape.seq_len)
+        found += [Variant(kind=k, config=grouped, rows=rows, seq_len=shape.seq_len) for k in ("ours", "one-hot")]
     group = replace(base, group_size=min(shape.rows * shape.seq_len, max(shape.group_sizes)))
-    rest = {"rows": shape.rows, "seq_len": shape.seq_len}
-    found.append(Variant(name="dropless", config=replace(group, dropless=True), **rest))
-    found.append(Variant(name="dense, equal FLOPs", config=dense_equal(group), **rest))
+    found.append(Variant(kind="dropless", config=replace(group, dropless=True), **rest))
+    found.append(Variant(kind="dense, equal FLOPs", config=dense(group, equal_flops=True), **rest))
+    found.append(Variant(kind="dense, same width", config=dense(group, equal_flops=False), **rest))
+    found.append(Variant(kind="head alone", config=replace(group, dtype="float32"), **rest))  # it is that in any model
     return found
 
 
-def dense_equal(config: ModelConfig) -> ModelConfig:
-    """The dense model whose feed-forward blocks execute as many FLOPs as all blocks and expert places of `config`."""
-    blocks = config.num_layers + config.num_moe_layers * places_per_token(config)
+def dense(config: ModelConfig, *, equal_flops: bool) -> ModelConfig:
+    """The dense model of the same width, or that whose feed-forward blocks execute as many FLOPs as `config`'s."""
+    blocks = config.num_layers
+    if equal_flops:
+        blocks += config.num_moe_layers * places_per_token(config)
     width = round(config.d_ff * blocks / config.num_layers / 8) * 8
     return replace(config, num_experts=0, moe_every=0, d_ff=width)
 
@@ -150,12 +181,14 @@ def flops_per_token(variant: Variant) -> tuple[float, float]:
     [S, d] tokens and [E C, d] answers: two products for the dispatch, whose mask has no gradient, three for the rest.
     """
     config, d_model = variant.config, variant.config.d_model
+    head = 2 * PRODUCTS * d_model * config.vocab_size
+    if variant.kind == "head alone":
+        return head, head
     inner, block = config.num_heads * config.head_dim, 4 * config.d_model * config.d_ff
     layer = 4 * d_model * inner + 2 * variant.seq_len * inner + block  # the dense or the extra block
     experts = block * places_per_token(config) + d_model * config.num_experts if config.num_experts else 0
-    head = 2 * PRODUCTS * d_model * config.vocab_size
     total = 2 * PRODUCTS * (config.num_layers * layer + config.num_moe_layers * experts) + head
-    if variant.one_hot:
+    if variant.kind == "one-hot":
         places = config.num_experts * config.capacity(train=True)
         total += config.num_moe_layers * 5 * 2 * places * d_model
     return total, head
@@ -175,41 +208,70 @@ def one_hot_combine(answers: jax.Array, routed: moe.Routing) -> jax.Array:
     return weights @ answers.reshape(-1, d_model).astype(jnp.float32)
 
 
-def measure(variant: Variant, num_steps: int) -> Measured:
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    train_step = step.make_train_step(variant.config, OPTIMIZER, mesh)
-    state = step.init_state(variant.config, OPTIMIZER, 0, mesh)
+def compiled_step(variant: Variant, mesh: jax.sharding.Mesh) -> tuple[Any, Any, float]:
+    """Returns the compiled step, its batch and the seconds that took."""
     batch = jax.device_put(batch_of(variant), sharding.batch_sharding(mesh))
-    original = mock.patch.multiple(moe, dispatch=one_hot_dispatch, combine=one_hot_combine)
     start_s = time.perf_counter()
-    if variant.one_hot:
-        with original:
-            compiled = train_step.lower(state, batch).compile()
+    state = step.state_shapes(variant.config, OPTIMIZER, mesh)
+    lower = step.make_train_step(variant.config, OPTIMIZER, mesh).lower
+    if variant.kind == "one-hot":
+        with mock.patch.multiple(moe, dispatch=one_hot_dispatch, combine=one_hot_combine):
+            compiled = lower(state, batch).compile()
     else:
-        compiled = train_step.lower(state, batch).compile()
-    compile_s = time.perf_counter() - start_s
+        compiled = lower(state, batch).compile()
+    return compiled, batch, time.perf_counter() - start_s
 
-    peaks, step_s, loss = [matmul_flops_per_s(variant)], [], 0.0
-    for number in range(num_steps + 1):
-        start_s = time.perf_counter()
-        state, metrics = jax.block_until_ready(compiled(state, batch))
-        step_s.append(time.perf_counter() - start_s)
-        if number == 0:
+
+def compiled_head(variant: Variant, mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...], float]:
+    """Returns the compiled loss over the vocabulary with its gradients, its operands and the seconds that took."""
+    config, batch, rng = variant.config, batch_of(variant), np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(variant.rows, variant.seq_len, config.d_model)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(config.d_model, config.vocab_size)), jnp.float32)
+    operands = (hidden, head, batch["target_ids"][0], batch["loss_weights"][0])
+
+    def loss(*operands: Any) -> Any:
+        return losses.vocabulary_loss(*operands, z_loss_weight=config.z_loss_weight, mesh=mesh)[0]
+
+    start_s = time.perf_counter()
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*operands).compile()
+    return compiled, operands, time.perf_counter() - start_s
+
+
+def measure(variants: list[Variant], num_steps: int) -> tuple[list[Measured], dict[str, Peak]]:
+    """Compiles all, checks where they start, and lets them take turns. Models of equal parameters share a state."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    works, measured, states = [], [], {}
+    for number, variant in enumerate(variants, 1):
+        print(f"{number} of {len(variants)}: {variant.name}, {variant.config.dtype}", file=sys.stderr, flush=True)
+        of_head = variant.kind == "head alone"
+        compiled, given, compile_s = (compiled_head if of_head else compiled_step)(variant, mesh)
+        loss, per_token, head = 0.0, *flops_per_token(variant)
+        if of_head:
+            works.append((compiled, given, None))
+            jax.block_until_ready(compiled(*given))
+        else:
+            key = replace(variant.config, group_size=1, dropless=False, dtype="float32")
+            states.pop(key, None)  # there is room for one of a kind
+            state = step.init_state(variant.config, OPTIMIZER, 0, mesh)
+            states[key], metrics = jax.block_until_ready(compiled(state, given))
             loss = float(metrics["loss"])
-    peaks.append(matmul_flops_per_s(variant))
-    per_token, head = flops_per_token(variant)
-    tokens_per_s = variant.tokens / statistics.median(step_s[1:])
-    return Measured(
-        name=variant.name,
-        dtype=variant.config.dtype,
-        tokens_per_s=tokens_per_s,
-        flops_per_token=per_token,
-        head_share=head / per_token,
-        flops_per_s=per_token * tokens_per_s,
-        peak_flops_per_s=max(peaks),
-        compile_s=compile_s,
-        loss=loss,
-    )
+            works.append((compiled, given, key))
+        rest = {"tokens": variant.tokens, "flops_per_token": per_token, "head_share": head / per_token}
+        found = Measured(
+            name=variant.name, dtype=variant.config.dtype, compile_s=compile_s, loss=loss, times=Times(), **rest
+        )
+        measured.append(found)
+
+    peaks = {v.config.dtype: Peak(v) for v in variants}
+    for _ in range(num_steps):
+        for peak in peaks.values():
+            peak.measure()
+        for (compiled, given, key), found in zip(works, measured, strict=True):
+            if key is None:
+                found.times.measure(functools.partial(compiled, *given))
+            else:
+                states[key], _ = found.times.measure(functools.partial(compiled, states[key], given))
+    return measured, peaks
 
 
 def batch_of(variant: Variant) -> dict[str, np.ndarray]:
@@ -222,67 +284,99 @@ def batch_of(variant: Variant) -> dict[str, np.ndarray]:
     return {"input_ids": inputs, "target_ids": ids} | rest
 
 
-def matmul_flops_per_s(variant: Variant) -> float:
+class Peak:
     """What plain products of the model's shapes and type reach here at best."""
-    config, best = variant.config, 0.0
-    for inner, outer in ((config.d_model, 2 * config.d_ff), (config.d_ff, config.d_model), (config.d_model, 8192)):
-        left = jnp.ones((variant.tokens, inner), config.dtype)
-        right = jnp.ones((inner, outer), config.dtype)
-        product = jax.jit(jnp.matmul).lower(left, right).compile()
-        product(left, right).block_until_ready()
-        flops = 2 * variant.tokens * inner * outer
-        times = max(3, int(5e9 // flops) if jax.default_backend() == "cpu" else 20)
-        for _ in range(3):
-            start_s = time.perf_counter()
-            for _ in range(times):
-                result = product(left, right)
-            result.block_until_ready()
-            best = max(best, times * flops / (time.perf_counter() - start_s))
-    return best
+
+    def __init__(self, variant: Variant) -> None:
+        config, self.works, self.per_wall_s, self.per_cpu_s = variant.config, [], 0.0, 0.0
+        for inner, outer in ((config.d_model, 2 * config.d_ff), (config.d_ff, config.d_model), (config.d_model, 8192)):
+            operands = jnp.ones((variant.tokens, inner), config.dtype), jnp.ones((inner, outer), config.dtype)
+            product = jax.jit(jnp.matmul).lower(*operands).compile()
+            jax.block_until_ready(product(*operands))
+            self.works.append((product, operands, 2 * variant.tokens * inner * outer))
+
+    def measure(self) -> None:
+        for product, operands, flops in self.works:
+            times = max(3, int(5e9 // flops) if jax.default_backend() == "cpu" else 20)
+            taken = Times()
+            taken.measure(functools.partial(_again, times, product, operands))
+            self.per_wall_s = max(self.per_wall_s, times * flops / taken.wall_s[0])
+            self.per_cpu_s = max(self.per_cpu_s, times * flops / taken.cpu_s[0])
 
 
-def report(shape: Shape, measured: list[Measured]) -> None:
-    peaks = {m.dtype: max(x.peak_flops_per_s for x in measured if x.dtype == m.dtype) for m in measured}
-    unit = 1e9 if jax.default_backend() == "cpu" else 1e12
-    name = {1e9: "GFLOP/s", 1e12: "TFLOP/s"}[unit]
+def _again(times: int, work: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    for _ in range(times):
+        result = work(*operands)
+    return result
+
+
+def report(shape: Shape, measured: list[Measured], peaks: dict[str, Peak]) -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    unit, name = (1e9, "GFLOP") if on_cpu else (1e12, "TFLOP")
     print(f"\n{shape.rows} rows x {shape.seq_len}, one {jax.devices()[0].device_kind}, jax {jax.__version__}")
+    if on_cpu:
+        print(f"{os.cpu_count()} cores, GLIBC_TUNABLES={os.environ.get('GLIBC_TUNABLES', '')}")
     for dtype, peak in peaks.items():
-        print(f"matmul peak in {dtype}: {peak / unit:,.1f} {name}")
-    padded = shape.config.vocab_size - shape.config.text_vocab_size
+        by_cpu = f", {peak.per_cpu_s / unit:,.1f} {name} per CPU second" if on_cpu else ""
+        print(f"matmul peak in {dtype}: {peak.per_wall_s / unit:,.1f} {name}/s{by_cpu}")
+    size, padded = shape.config.vocab_size, shape.config.vocab_size - shape.config.text_vocab_size
+    print(f"vocabulary: {size} rows, {padded} of them no text ({padded / size:.1%})\n")
+    by_cpu = f" {'tokens/CPU s':>13} {'of peak':>8}" if on_cpu else ""
     print(
-        f"vocabulary: {shape.config.vocab_size} rows, {padded} of them no text ({padded / shape.config.vocab_size:.1%})"
+        f"{'variant':24} {'type':9} {'tokens/s':>9} {name + '/s':>9} {'of peak':>8}{by_cpu} {'head':>5} {'compile':>9}"
     )
-    print(f"\n{'variant':28} {'type':9} {'tokens/s':>9} {name:>9} {'of peak':>8} {'head':>6} {'compile':>8}")
     for m in measured:
-        share = m.flops_per_s / m.peak_flops_per_s
-        line = f"{m.name:28} {m.dtype:9} {m.tokens_per_s:9,.0f} {m.flops_per_s / unit:9,.1f} {share:8.0%}"
-        print(f"{line} {m.head_share:6.0%} {m.compile_s:6.1f} s")
+        wall_s, cpu_s, peak = statistics.median(m.times.wall_s), statistics.median(m.times.cpu_s), peaks[m.dtype]
+        line = f"{m.name:24} {m.dtype:9} {m.tokens / wall_s:9,.0f} {m.flops / wall_s / unit:9,.1f}"
+        line += f" {m.flops / wall_s / peak.per_wall_s:8.0%}"
+        if on_cpu:
+            line += f" {m.tokens / cpu_s:13,.0f} {m.flops / cpu_s / peak.per_cpu_s:8.0%}"
+        print(f"{line} {m.head_share:5.0%} {m.compile_s:7.1f} s")
+    report_ratios(measured, on_cpu=on_cpu)
+
+
+def report_ratios(measured: list[Measured], *, on_cpu: bool) -> None:
     by_name = {(m.name, m.dtype): m for m in measured}
-    print("\nours over one-hot: measured, and the bound from FLOPs")
-    for (kind, dtype), ours in by_name.items():
-        theirs = by_name.get((kind.replace("ours", "one-hot"), dtype))
-        if kind.startswith("ours") and theirs is not None:
-            assert abs(ours.loss - theirs.loss) < 1e-5 * ours.loss, "not the same model"
-            ratio = ours.tokens_per_s / theirs.tokens_per_s
+    print(f"\nspeed of ours over that of others, by {'CPU' if on_cpu else 'wall'} time, and the bound from FLOPs")
+    for (name, dtype), ours in by_name.items():
+        others = (name.replace("ours", "one-hot"), "dropless", "dense, equal FLOPs", "dense, same width")
+        for other in others if name.startswith("ours") else ():
+            theirs = by_name.get((other, dtype))
+            if theirs is None or theirs.tokens != ours.tokens:
+                continue
+            if other.startswith("one-hot"):
+                assert abs(ours.loss - theirs.loss) < 1e-5 * ours.loss, "not the same model"
+            pairs = [(m.times.cpu_s if on_cpu else m.times.wall_s) for m in (theirs, ours)]
+            ratio = statistics.median(a / b for a, b in zip(*pairs, strict=True))
             bound = theirs.flops_per_token / ours.flops_per_token
-            print(f"  {kind:26} {dtype:9} {ratio:5.2f} of {bound:5.2f}: {ratio / bound:4.0%} of the bound")
+            print(f"  {name} / {other:24} {dtype:9} {ratio:5.2f} of {bound:5.2f}: {ratio / bound:4.0%} of the bound")
+
+
+def with_huge_pages() -> None:
+    """Starts this command anew with what malloc reads before a process starts, unless it is set."""
+    if sys.platform == "linux" and not HUGE_PAGES.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | HUGE_PAGES)
 
 
 def main() -> None:
+    with_huge_pages()
     parser = argparse.ArgumentParser(description="Training step benchmark; the module's docstring says what it prints.")
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", default="", help="names of variants that contain this")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=f"of {KINDS}")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", metavar="TOKENS", help="sizes of routing groups, not the shape's"
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    shape, measured = SHAPES[chosen.shape], []
+    shape = SHAPES[chosen.shape]
+    shape = replace(shape, group_sizes=tuple(chosen.groups or shape.group_sizes))
     dtypes = ("float32", "bfloat16") if chosen.dtype == "both" else (chosen.dtype,)
-    variants = [v for dtype in dtypes for v in variants_of(shape, dtype) if chosen.only in v.name]
-    for number, variant in enumerate(variants, 1):
-        print(f"{number} of {len(variants)}: {variant.name}, {variant.config.dtype}", file=sys.stderr, flush=True)
-        measured.append(measure(variant, chosen.steps))
-    report(shape, measured)
+    found = [v for dtype in dtypes for v in variants_of(shape, dtype) if v.kind in chosen.only]
+    variants = list(dict.fromkeys(found))  # one head is enough
+    measured, peaks = measure(variants, chosen.steps)
+    report(shape, measured, peaks)
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(m) for m in measured], indent=2))
 

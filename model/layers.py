@@ -89,13 +89,13 @@ def project(x: Array, kernel: Array) -> Array:
 class Rows(NamedTuple):
     """Where the positions at hand stand in their rows, and what they see there."""
 
-    position: Array  # int32[t] or int32[b, t], index in the row, or in the segment
+    position: Array | None  # int32[t] or int32[b, t], index in the row, or in the segment; None: index in the row
     real: Array  # bool[b, t, 1], whether it is more than padding
     segments: Array | None = None  # int32[b, t], see attention.segments_of; None where there is a cache
     mask: Array | None = None  # bool[b, 1, t, s], which positions of the cache it sees, if there is one
 
 
-def rotate(x: Array, position: Array, *, theta: float) -> Array:
+def rotate(x: Array, position: Array | None, *, theta: float) -> Array:
     """Rotary position embedding (arXiv:2104.09864): turns x[i] with x[i + k/2] by an angle that grows with t.
 
     The original's position is the index in the row. Packed segments need not start anew, because only differences of
@@ -103,15 +103,31 @@ def rotate(x: Array, position: Array, *, theta: float) -> Array:
 
     Args:
       x: [b, t, h, k], queries or keys.
-      position: int32[t] or int32[b, t], index in the row, or in the segment.
+      position: int32[t] or int32[b, t], index in the row, or in the segment; None: index in the row.
       theta: longest timescale.
     """
     half = x.shape[-1] // 2
-    timescale = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position.astype(jnp.float32)[..., None] / timescale  # [..., t, k/2]
-    sin, cos = (table(angle).astype(x.dtype)[..., None, :] for table in (jnp.sin, jnp.cos))  # [..., t, 1, k/2]
+    tables = _turns_of_row(x.shape[1], half, theta) if position is None else _turns(position, half, theta)
+    sin, cos = (table.astype(x.dtype)[..., None, :] for table in tables)  # [..., t, 1, k/2]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _turns(position: Array, half: int, theta: float) -> tuple[Array, Array]:
+    """Returns sine and cosine of the angles, float32[..., t, half] each."""
+    timescale = theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position.astype(jnp.float32)[..., None] / timescale
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def _turns_of_row(row_len: int, half: int, theta: float) -> tuple[Array, Array]:
+    """`_turns` of a whole row; constants on a CPU, whose XLA computes them in each layer and its gradient."""
+
+    def constants() -> tuple[Array, Array]:
+        with jax.ensure_compile_time_eval():
+            return jax.jit(_turns, static_argnums=(1, 2))(jnp.arange(row_len), half, theta)
+
+    return jax.lax.platform_dependent(cpu=constants, default=lambda: _turns(jnp.arange(row_len), half, theta))
 
 
 def segment_positions(segment_ids: Array) -> Array:
@@ -264,6 +280,7 @@ class Attention(nn.Module):
         return attention.attend(query, key, value, segments, implementation=implementation, mesh=self.mesh)
 
     def _remember(self, name: str, new: Array, rows: Rows) -> Array:
+        assert rows.position is not None
         seen = remember(self.get_variable("cache", name), new, rows.position[:, 0])
         self.put_variable("cache", name, seen)
         return seen

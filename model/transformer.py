@@ -82,9 +82,8 @@ class Transformer(nn.Module):
           target_ids: int32[b, t]; 0 is padding. Only used to see where that is.
           segment_ids: int32[b, t]; positions see only their own segment.
         """
-        in_row = jnp.arange(input_ids.shape[1])
         rows = Rows(
-            position=layers.segment_positions(segment_ids) if self.config.reset_positions else in_row,
+            position=layers.segment_positions(segment_ids) if self.config.reset_positions else None,
             real=layers.real_positions(input_ids)[..., None],
             segments=attention.segments_of(target_ids, segment_ids),
         )

@@ -10,6 +10,7 @@ TPU alike, with timeouts.
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping
@@ -192,11 +193,22 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     """
     match cluster.accelerator:
         case "cpu":
-            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(cluster.devices_per_worker)}
+            devices = str(cluster.devices_per_worker)
+            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices} | _huge_pages()
         case "gpu":
             return {"JAX_PLATFORMS": "cuda"}
         case "tpu":
             return {}
+
+
+def _huge_pages() -> dict[str, str]:
+    """Returns what lets glibc's malloc ask for huge pages, unless the user has tuned it; elsewhere nobody reads it.
+
+    XLA takes each step's temporary arrays from malloc, which maps them anew, page fault by page fault. It has to be set
+    before a process starts. A process with JAX and one small product: 264 MB resident instead of 262; a training
+    worker's growth has not been measured.
+    """
+    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 # Words of JAX's own errors when the other side of a collective, or the coordinator, has gone.

@@ -118,7 +118,11 @@ def test_of_bad_input_the_text_is_its_one_line_whatever_trace_it_carries():
         (
             {"accelerator": "cpu", "num_workers": 2, "devices_per_worker": 4},
             (2, False, False, None, None, {"CPU": 1}),
-            {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"},
+            {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": "4",
+                "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            },
         ),
         (
             {"accelerator": "gpu", "num_workers": 3, "devices_per_worker": 8, "cpus_per_worker": 12},
@@ -135,7 +139,8 @@ def test_of_bad_input_the_text_is_its_one_line_whatever_trace_it_carries():
         ),
     ],
 )
-def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, asked_for, environment):
+def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, asked_for, environment, monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     config = ClusterConfig(**cluster)
     asked = worker_group.scaling_config(config)
     assert asked_for == (
@@ -147,6 +152,12 @@ def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, as
         asked.resources_per_worker,
     )
     assert worker_group.worker_environment(config) == environment
+
+
+def test_what_the_user_has_told_malloc_stays_as_it_is(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    config = ClusterConfig(accelerator="cpu", num_workers=1, devices_per_worker=1)
+    assert worker_group.worker_environment(config) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stood(run_group):
