@@ -54,7 +54,7 @@ def example_tokens(denoiser: Denoiser, inputs_length: int) -> int:
     inputs, targets = tokens - masked + spans + 1, masked + spans + 1
     longest = int(np.argmax(inputs > inputs_length)) - 1
     evened = denoiser.density == 0.5 and targets[longest] > inputs[longest]
-    return int(tokens[longest]) - evened
+    return int(tokens[longest]) - int(evened)
 
 
 def plan(lengths: np.ndarray, inputs_length: int, *key: int | str) -> Examples:

@@ -29,7 +29,7 @@ def explain(spec: RunSpec) -> list[Section]:
         Section("run", _run(spec)),
         *describe_model(spec.model, seq_len=spec.data.seq_len),
         Section("step", (*_step(spec), *validate_data.length(spec, epoch_rows))),
-        Section("data", (*validate_data.rows(known), _tokenizer(spec))),
+        Section("data", (*validate_data.rows(known), *validate_data.how(spec), _tokenizer(spec))),
         *validate_data.stages(known),
         *validate_data.passes_reached(known, built),
         Section("memory per device", validate_memory.per_device(spec)),

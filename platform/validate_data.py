@@ -86,6 +86,20 @@ def rows(spec: RunSpec) -> tuple[Fact, ...]:
     )
 
 
+def how(spec: RunSpec) -> tuple[Fact, ...]:
+    """Returns how rows are made, so far as the stages do not say it."""
+    facts, packing = [], spec.data.packing
+    if not spec.data.stages:
+        facts.append(Fact("objective", spec.data.objective, spec.data.objective))
+    if "ul2" in {stream.objective for stream in spec.data.streams()}:
+        notes = {
+            "budgeted": "UL2 rows are filled to the last slots",
+            "reference": "as the original, 67 % full",
+        }
+        facts.append(Fact("packing", packing, packing, notes[packing]))
+    return tuple(facts)
+
+
 def _text_share(spec: RunSpec, objective: str) -> float:
     is_reference = (objective, spec.data.packing) == ("ul2", "reference")
     return TEXT_SHARE_OF_REFERENCE_ROW if is_reference else TEXT_SHARE_OF_ROW[objective]

@@ -1,10 +1,12 @@
 import hashlib
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openmoe.pipelines import mixture as mixtures
 from openmoe.pipelines.mixture import WINDOW_ROWS, Mixture, Stage, block_counts, one_stage, shuffle_pass
 from openmoe.pipelines.permute import Permutation, key
 
@@ -126,6 +128,22 @@ def test_the_rows_needed_are_exactly_those_that_serve(num_rows):
     needed = mixture.rows_needed(num_rows)
     assert needed.sum() == num_rows
     assert mixture.rows_available(needed) == num_rows
+
+
+@given(num_rows=st.integers(1, 300), window_rows=st.integers(20, 90), number=st.integers(0, 9), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=15)
+def test_whatever_the_window_a_pass_is_a_permutation_inside_it_and_the_next_pass_is_another(
+    num_rows, window_rows, number, seed
+):
+    with mock.patch.object(mixtures, "WINDOW_ROWS", window_rows):
+        stored, after = (shuffle_pass(np.arange(num_rows), num_rows, seed, "a", n) for n in (number, number + 1))
+        one_by_one = [
+            int(shuffle_pass(np.asarray([row]), num_rows, seed, "a", number)[0]) for row in range(0, num_rows, 97)
+        ]
+    assert sorted(stored.tolist()) == list(range(num_rows))
+    assert (stored // window_rows == np.arange(num_rows) // window_rows).all()
+    assert stored[::97].tolist() == one_by_one
+    assert min(num_rows, window_rows) < 30 or stored.tolist() != after.tolist()
 
 
 @pytest.mark.parametrize("num_rows", [1, 100, WINDOW_ROWS, WINDOW_ROWS + 7])

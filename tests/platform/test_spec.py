@@ -163,6 +163,8 @@ def test_a_resize_keeps_the_hash():
         "model.d_ff=512",
         "model.dtype=bfloat16",
         "data.sources.0.weight=3",
+        "data.packing=reference",
+        "data.objective=next_token",
         "data.sources.0.name=other",
         "data.num_sentinels=200",
         "train.batch_rows=8",

@@ -157,6 +157,17 @@ def test_each_stage_is_explained_with_its_steps_and_exact_rows():
     ]
 
 
+def test_how_rows_are_made_is_explained():
+    plain, staged = facts("quickstart"), facts("quickstart", *STAGES)
+    assert (plain["data", "objective"], plain["data", "packing"]) == ("ul2", "budgeted")
+    assert ("data", "objective") not in staged
+    assert (staged["stage 1", "objective"], staged["data", "packing"]) == ("ul2", "budgeted")
+    assert ("data", "packing") not in facts("quickstart", "data.objective=next_token")
+    original = facts("quickstart", "data.packing=reference")
+    assert original["data", "expected_shards"] <= plain["data", "expected_shards"]
+    assert original["data", "packing"] == "reference"
+
+
 def test_a_stage_that_the_run_does_not_reach_says_so():
     staged = facts("quickstart", *STAGES, "train.steps=2000")
     assert staged["stage 2", "reached"] == "no"

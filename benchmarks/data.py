@@ -1,0 +1,259 @@
+"""The data pipeline beside what it could be: raw SentencePiece, raw reads, t5/seqio, datatrove, Hugging Face datasets.
+
+    .venv/bin/python benchmarks/data.py [--tokenizer URI] [--text-bytes N] [--repeats N] [--json FILE]
+
+One process, no Ray, nothing on gs://; the text is Python's own library, written as RedPajama and The Stack files. All
+rates are per second of CPU, of all threads, since machines have other things to do: the best of some repeats, which
+take turns, with the spread between the best and the worst. Peers that are not installed are named. Where t5 and seqio
+are, the rows of `packing: reference` are first compared with what they make of the same masks: all must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+try:
+    installed = importlib.util.find_spec("openmoe.pipelines")
+except ModuleNotFoundError:
+    installed = None
+if installed is None:  # a clone that was not installed: its folders are the package's
+    package = types.ModuleType("openmoe")
+    package.__path__ = [str(Path(__file__).resolve().parents[1])]
+    sys.modules["openmoe"] = package
+sys.path.insert(0, str(Path(__file__).parent))
+
+from openmoe.pipelines import manifest as manifests
+from openmoe.pipelines import objectives, passes, shards, sources, stdlib_corpus, token_cache, tokenizer
+from openmoe.pipelines.config import DataConfig, SourceConfig
+from openmoe.pipelines.loader import Loader
+
+PACKERS = (("ul2", "budgeted"), ("ul2", "reference"), ("next_token", "budgeted"), ("prefix_lm", "budgeted"))
+BATCH_ROWS = 64
+MIN_CPU_S = 0.3  # a work is done again until it took so long
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What something did: units a second of CPU at best, the worst by the best, and the best by its yardstick's."""
+
+    part: str
+    name: str
+    unit: str
+    per_cpu_s: float
+    spread: float
+    beside: str = ""
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Text files, their documents, and these tokenized."""
+
+    folder: str
+    config: DataConfig
+    texts: list[str]
+    tokens: np.ndarray  # uint32[total]
+    lengths: np.ndarray  # int64[documents]
+
+
+def cpu_s() -> float:
+    """Seconds of CPU that this process and the children it waited for have used."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def measured(part: str, unit: str, works: dict[str, Callable[[], int]], repeats: int) -> list[Rate]:
+    """Lets works take turns; each does the same every time and returns how many units that was. No repeats: once."""
+    rates: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            start_s, units = cpu_s(), 0
+            while not units or (repeats and cpu_s() - start_s < MIN_CPU_S):
+                units += work()
+            if turn or not repeats:  # the first turn warms up
+                rates[name].append(units / (cpu_s() - start_s))
+        print(f"{part}: {turn} of {repeats}", file=sys.stderr, flush=True)
+    return [
+        Rate(part=part, name=name, unit=unit, per_cpu_s=max(found), spread=min(found) / max(found))
+        for name, found in rates.items()
+    ]
+
+
+def beside(rates: list[Rate], yardstick: Rate, label: str) -> list[Rate]:
+    """Returns the rates with their ratio to a yardstick's."""
+    return [Rate(**asdict(r) | {"beside": label, "ratio": r.per_cpu_s / yardstick.per_cpu_s}) for r in rates]
+
+
+def write_corpus(folder: str, tokenizer_uri: str, text_bytes: int) -> Corpus:
+    stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=text_bytes // 2, max_code_bytes=text_bytes // 2)
+    globs = {
+        "wikipedia": ("redpajama", "wikipedia/*.jsonl"),
+        "c4": ("redpajama", "c4/*.jsonl"),
+        "the_stack": ("the_stack", "the_stack/data/*/*.parquet"),
+    }
+    of_sources = tuple(
+        SourceConfig(name=name, format=kind, paths=(f"{folder}/corpus/{glob}",), weight=1)
+        for name, (kind, glob) in globs.items()
+    )
+    config = DataConfig(tokenizer=tokenizer_uri, seq_len=2048, seed=0, sources=of_sources)
+    units = [unit for source in of_sources for unit in sources.inventory(source, config.unit_bytes)]
+    texts = [record.text for unit in units for record in sources.read(unit) if isinstance(record, sources.Document)]
+    documents = [ids for ids in tokenizer.load(tokenizer_uri).encode(texts) if len(ids) > 1]
+    lengths = np.asarray([len(ids) for ids in documents], np.int64)
+    return Corpus(folder=folder, config=config, texts=texts, tokens=np.concatenate(documents), lengths=lengths)
+
+
+def tokenizing(corpus: Corpus, repeats: int) -> list[Rate]:
+    """Tokens of text: the bare model, our work units from files to a token cache, and peers."""
+    text = tokenizer.load(corpus.config.tokenizer)
+    units = [unit for source in corpus.config.sources for unit in sources.inventory(source, corpus.config.unit_bytes)]
+
+    def raw() -> int:
+        return sum(len(ids) for ids in text.encode(corpus.texts))
+
+    def ours() -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            return sum(token_cache.tokenize(unit, text, folder)["tokens"] for unit in units)
+
+    works = {"SentencePiece, nothing else": raw, "ours, files to token cache": ours}
+    if all(map(is_installed, ("datasets", "tokenizers"))):
+        works["HF datasets, map of HF tokenizers"] = peers().hf_datasets(corpus.texts, text)
+    if all(map(is_installed, ("datatrove", "tokenizers", "orjson"))):
+        works["datatrove, DocumentTokenizer"] = peers().datatrove(corpus.texts, text)
+    rates = measured("tokenizing", "tokens", works, repeats)
+    return beside(rates, rates[0], "of SentencePiece")
+
+
+def packing(corpus: Corpus, tokenized: list[Rate], repeats: int) -> list[Rate]:
+    """Tokens of text to rows of 2,048, in memory."""
+    vocabulary = tokenizer.load(corpus.config.tokenizer).vocabulary(corpus.config.num_sentinels)
+
+    def work(objective: str, how: str) -> Callable[[], int]:
+        pack = objectives.packer(objective, how)
+
+        def pack_all() -> int:
+            rows = pack(corpus.tokens, corpus.lengths, 2048, vocabulary, "benchmark")
+            return sum(int(row.pieces.length.sum()) for row in rows)
+
+        return pack_all
+
+    works = {f"{objective}, {how}": work(objective, how) for objective, how in PACKERS}
+    rates = beside(measured("packing", "tokens", works, repeats), tokenized[0], "x SentencePiece")
+    if not has_t5():
+        return rates
+    print("t5: comparing rows", file=sys.stderr, flush=True)
+    peers().assert_same_as_t5(corpus.tokens, vocabulary)
+    theirs = {"t5/seqio, their functions": peers().t5_pipeline(corpus.tokens, corpus.lengths, vocabulary)}
+    [of_t5] = measured("t5", "tokens", theirs, min(repeats, 2))
+    times = beside(rates[:2], of_t5, "x t5/seqio")
+    return [*rates, Rate(**asdict(of_t5) | {"part": "packing"}), *times]
+
+
+def reading(corpus: Corpus, repeats: int) -> list[Rate]:
+    """Rows of a build: what a trainer gets of a loader, beside the same records read and nothing else."""
+    text, of_sources = tokenizer.load(corpus.config.tokenizer), corpus.config.sources
+    units = {source.name: sources.inventory(source, corpus.config.unit_bytes) for source in of_sources}
+    receipts = {
+        name: [token_cache.tokenize(unit, text, f"{corpus.folder}/tokens") for unit in of_source]
+        for name, of_source in units.items()
+    }
+    path = manifests.manifest_path(corpus.folder, corpus.config, text, [u for of in units.values() for u in of])
+    manifest = manifests.assemble(path, corpus.config, text, receipts)
+    manifests.commit(manifest)
+    for stream in range(len(manifest.streams)):
+        numbers = range(len(manifest.groups(stream, 0)))
+        passes.finish(manifest, stream, 0, [passes.pack_group(manifest, stream, 0, group) for group in numbers])
+    loader = Loader(path, cache_dir=corpus.folder)
+    shard, held = _largest(manifest, corpus.folder)
+
+    def raw() -> int:
+        return sum(len(shard.read(list(range(lo, hi)))) for lo, hi in _ranges(held))
+
+    def records() -> int:
+        return sum(len(loader.records(lo, hi)) for lo, hi in _ranges(loader.num_rows))
+
+    def batches() -> int:
+        return sum(len(loader.rows(lo, hi)["input_ids"]) for lo, hi in _ranges(loader.num_rows))
+
+    works = {
+        "ArrayRecord, one shard in order": raw,
+        "loader, records": records,
+        "loader, batches": batches,
+    }
+    rates = measured("reading", "rows", works, repeats)
+    return beside(rates, rates[0], "of raw reads")
+
+
+def _ranges(num_rows: int) -> list[tuple[int, int]]:
+    return [(at, min(at + BATCH_ROWS, num_rows)) for at in range(0, num_rows, BATCH_ROWS)]
+
+
+def _largest(manifest: manifests.Manifest, folder: str) -> tuple[shards.Shard, int]:
+    """Returns the shard of a build's first passes with the most rows, and these."""
+    found = []
+    for stream in range(len(manifest.streams)):
+        for group, receipt in passes.packed_groups(manifest, stream, 0).items():
+            path = f"{manifest.pass_folder(stream, 0)}/{group:05d}.array_record"
+            found.append((receipt["rows"], path, receipt["sha256"]))
+    rows, path, sha256 = max(found)
+    return shards.Shard(path, sha256=sha256, cache_dir=folder), rows
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def has_t5() -> bool:
+    return all(map(is_installed, ("t5", "seqio", "tensorflow")))
+
+
+def peers() -> types.ModuleType:
+    """The peers' side, which imports what is not installed everywhere."""
+    import data_peers
+
+    return data_peers
+
+
+def report(corpus: Corpus, rates: list[Rate]) -> None:
+    tokens, documents = len(corpus.tokens), len(corpus.lengths)
+    print(f"\n{documents:,} documents, {tokens:,} tokens of {corpus.config.tokenizer}; rows of 2,048")
+    print(f"{'':12} {'':36} {'a CPU-second':>20} {'worst/best':>10}")
+    for r in rates:
+        line = f"{r.part:12} {r.name:36} {r.per_cpu_s:13,.0f} {r.unit:6} {r.spread:10.0%}"
+        print(line if r.ratio is None else f"{line} {r.ratio:8.2f} {r.beside}")
+    wanted = {"t5/seqio": has_t5(), "datatrove": is_installed("datatrove"), "datasets": is_installed("datasets")}
+    for name, is_there in wanted.items():
+        if not is_there:
+            print(f"{name}: not installed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Data benchmark; the module's docstring says what it prints.")
+    parser.add_argument("--tokenizer", default="builtin:small_8192")
+    parser.add_argument("--text-bytes", type=int, default=16_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = write_corpus(folder, chosen.tokenizer, chosen.text_bytes)
+        tokenized = tokenizing(corpus, chosen.repeats)
+        rates = [*tokenized, *packing(corpus, tokenized, chosen.repeats), *reading(corpus, chosen.repeats)]
+        report(corpus, rates)
+    if chosen.json:
+        chosen.json.write_text(json.dumps([asdict(rate) for rate in rates], indent=2))
+
+
+if __name__ == "__main__":
+    main()
