@@ -1,4 +1,4 @@
-"""Builds UL2 shards with Ray Data: sources to token cache, token cache to the passes that the mixture needs.
+"""Builds UL2 shards with Ray Data: sources to token cache, token cache to the groups that the mixture needs.
 
 Ray Data schedules work units; their artefacts go to storage, only receipts come back. A unit is done when its
 receipt exists, so a build that was killed anywhere goes on where it was, with any number of workers.
@@ -20,7 +20,7 @@ from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, sources, storage, token_cache, tokenizer
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 from openmoe.pipelines.manifest import Manifest
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Group, Passes
 from openmoe.pipelines.sources import Unit
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
@@ -77,7 +77,8 @@ def build(
 
 
 def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> None:
-    """Adds the passes that the global rows [0, min_rows) need and that are not finished."""
+    """Packs the groups that the global rows [0, min_rows) need and that are not packed."""
+    built.record()
     while wanted := passes.lacking(built, min_rows):
         pack(built, wanted, report, place)
 
@@ -133,31 +134,16 @@ def _check(source: SourceConfig, receipts: list[dict[str, Any]]) -> None:
         raise DataError(f"sources.{source.name}: no document in {len(receipts)} units of {', '.join(source.paths)}")
 
 
-def pack(built: Passes, wanted: list[tuple[int, int]], report: Report, place: Workplace) -> None:
-    """Packs passes (source, number): those of their groups that have no receipt yet."""
+def pack(built: Passes, wanted: list[Group], report: Report, place: Workplace) -> None:
+    """Packs those of the groups that have no receipt yet, in this order as far as CPUs allow."""
     manifest = built.manifest
-    receipts = {each: passes.packed_groups(manifest, *each) for each in wanted}
-    num_groups = {each: len(manifest.groups(*each)) for each in wanted}
-    tasks = [
-        {"manifest": manifest.path, "source": source, "number": number, "group": group}
-        for source, number in wanted
-        for group in range(num_groups[source, number])
-        if group not in receipts[source, number]
-    ]
-
-    def finish(source: int, number: int) -> None:
-        packed = receipts[source, number]
-        if len(packed) == num_groups[source, number]:
-            passes.finish(manifest, source, number, [packed[group] for group in sorted(packed)])
-
-    for each in wanted:
-        finish(*each)
-    total = sum(num_groups.values())
-    for done, receipt in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
-        receipts[receipt["source"], receipt["number"]][receipt["group"]] = receipt
+    unpacked = passes.unpacked(manifest, wanted)
+    tasks = [{"manifest": manifest.path, **group._asdict()} for group in unpacked]
+    total = len(wanted)
+    for done, _ in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
         report("pack", done, total, "groups")
-        finish(receipt["source"], receipt["number"])
     built.refresh()
+    built.record()
 
 
 def _tokenize_task(row: dict[str, str]) -> dict[str, str]:

@@ -1,9 +1,12 @@
-"""Reads rows by number: the content of global row i is a pure function of (manifest, i)."""
+"""Reads rows by number: the content of global row i is a pure function of (manifest, i).
+
+What nobody has packed yet is rendered when it is wanted (`Loader.make_ready`), to the same bytes.
+"""
 
 from __future__ import annotations
 
+import random
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import shards, storage
+from openmoe.pipelines import passes, shards
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import shuffle_pass
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Group, Passes
 
-POLL_S = 1.0
 COUNTED_ROWS = 1024  # rows whose tokens are counted at a time
 MAX_OPEN_SHARDS = 512  # files; a window of rows lies in far fewer
 
@@ -64,7 +66,7 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        """Global rows that the finished passes serve."""
+        """Global rows that the packed groups serve."""
         return self._num_rows
 
     @property
@@ -74,43 +76,41 @@ class Loader:
 
     def _count_rows(self) -> None:
         # By source, then by pass, then by group.
-        self._group_rows = [[[g["rows"] for g in groups] for groups in passes] for passes in self._passes.groups]
+        sources = range(len(self._manifest.sources))
+        self._group_rows = [[[g["rows"] for g in groups] for groups in self._passes.receipts(s)] for s in sources]
+        self._pass_ends = [np.cumsum(self._passes.readable(s)) for s in sources]
         self._num_rows = self._mixture.rows_available(self._passes.total_rows())
 
-    def wait_for(self, hi: int, *, timeout_s: float, on_wait: Callable[[str], None] = lambda missing: None) -> float:
-        """Waits until another process has built the global rows [0, hi).
+    def make_ready(self, hi: int, on_render: Callable[[str], None] = lambda group: None) -> int:
+        """Sees to it that the global rows [0, hi) can be read, and packs groups that nobody has packed.
+
+        A group costs its part of the token cache, read once, and the CPU time of packing it. It is committed like any
+        other, so that no one has to do it again: hosts that lack the same groups begin with different ones, and take
+        what the others have finished. Two may do the same group at the same time, to the same bytes.
 
         Args:
           hi: rows wanted.
-          timeout_s: how long to wait at most.
-          on_wait: told, each time it looks in vain, which pass is missing, in words.
+          on_render: told, in words, which group is packed next.
 
         Returns:
-          Seconds waited; 0 when the rows were there.
-
-        Raises:
-          DataError: they are not there in time; it names the missing pass.
+          How many groups were packed here; 0 when the rows were there.
         """
-        start_s, waited_s = time.monotonic(), 0.0
+        rendered = 0
         while hi > self._num_rows:
             self._passes.refresh()
             self._count_rows()
-            if hi <= self._num_rows:
-                break
-            if waited_s > timeout_s:
-                raise DataError(
-                    f"{self._manifest.path}: {self._missing()} was not built within {timeout_s:g} s; "
-                    "the driver's log says why"
-                )
-            on_wait(self._missing())
-            time.sleep(POLL_S)
-            waited_s = time.monotonic() - start_s
-        return waited_s
+            wanted = passes.lacking(self._passes, hi)
+            for group in random.sample(wanted, len(wanted)):
+                if not passes.is_packed(self._manifest, *group):
+                    on_render(self._words(group))
+                    passes.pack_group(self._manifest, *group)
+                    rendered += 1
+        if rendered:
+            self._passes.record()
+        return rendered
 
-    def _missing(self) -> str:
-        """Returns in words which pass the first row that is not built belongs to."""
-        source = int(self.sources_of(self._num_rows, self._num_rows + 1)[0])
-        return f"pass {len(self._group_rows[source])} of {self.source_names[source]} (global row {self._num_rows})"
+    def _words(self, group: Group) -> str:
+        return f"group {group.group} of pass {group.number} of {self.source_names[group.source]}"
 
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
@@ -125,7 +125,7 @@ class Loader:
         if not 0 <= lo < hi <= self.num_rows:
             raise DataError(
                 f"{self._manifest.path}: rows [{lo}, {hi}) were asked for, [0, {self.num_rows}) are built; "
-                "build more passes"
+                "`openmoe data build RUN` builds what a run reads"
             )
         source, row = self._mixture.locate(lo, hi)
         found = [Record(0, 0, 0, 0)] * (hi - lo)
@@ -165,20 +165,21 @@ class Loader:
 
     def _stored(self, source: int, rows: np.ndarray) -> list[Record]:
         """Returns where rows of a source, int64[n] counted over its passes, are stored."""
-        pass_ends = np.cumsum([sum(groups) for groups in self._group_rows[source]])
+        pass_ends = self._pass_ends[source]
         number = np.searchsorted(pass_ends, rows, side="right")
         found = [Record(0, 0, 0, 0)] * len(rows)
-        for current in np.unique(number):
+        for current in np.unique(number).tolist():
             of_pass = np.flatnonzero(number == current)
             groups = self._group_rows[source][current]
             name, seed = self._manifest.sources[source].name, self._manifest.seed
-            in_pass = rows[of_pass] - (pass_ends[current] - sum(groups))
-            stored = shuffle_pass(in_pass, sum(groups), seed, name, int(current))
+            in_pass = rows[of_pass] - (pass_ends[current - 1] if current else 0)
+            # Of a pass that is begun, the known rows end in a whole window: the rows after it shuffle none before it.
+            stored = shuffle_pass(in_pass, sum(groups), seed, name, current)
             group_ends = np.cumsum(groups)
             group = np.searchsorted(group_ends, stored, side="right")
             in_group = stored - (group_ends - groups)[group]
             for at, g, row in zip(of_pass, group, in_group, strict=True):
-                found[at] = Record(source, int(current), int(g), int(row))
+                found[at] = Record(source, current, int(g), int(row))
         return found
 
     def _shard(self, source: int, number: int, group: int) -> shards.Shard:
@@ -187,10 +188,9 @@ class Loader:
         if shard is None:
             if len(self._shards) == MAX_OPEN_SHARDS:
                 del self._shards[next(iter(self._shards))]  # the one not read for the longest time
-            folder = self._manifest.pass_folder(source, number)
             shard = shards.Shard(
-                storage.join(folder, f"{group:05d}.array_record"),
-                sha256=self._passes.groups[source][number][group]["sha256"],
+                passes.shard_path(self._manifest, *key),
+                sha256=self._passes.receipts(source)[number][group]["sha256"],
                 cache_dir=self._cache_dir,
             )
         self._shards[key] = shard

@@ -12,7 +12,7 @@ import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module  # ty: ignore[missing-module-member]
@@ -43,11 +43,17 @@ def decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.frombuffer(record, SEGMENT, num_segments, _HEADER.size + tokens.nbytes)
 
 
-def write(path: str, rows: Iterable[Row], origin: np.ndarray) -> dict[str, Any]:
-    """Writes a shard and returns its statistics and digest, which belong into its receipt.
+class Rendered(NamedTuple):
+    """A shard as bytes, and what its receipt says of it."""
+
+    content: bytes
+    facts: dict[str, Any]  # digest and statistics
+
+
+def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
+    """Returns the shard of rows: the same bytes for the same rows, with the same versions of the libraries.
 
     Args:
-      path: final name, local or gs://.
       rows: in the order of the records.
       origin: int64[documents, 2], unit and document in the unit of each document that rows refer to.
     """
@@ -60,10 +66,10 @@ def write(path: str, rows: Iterable[Row], origin: np.ndarray) -> dict[str, Any]:
                 writer.write(encode(row.tokens, statistics.add(row, origin)))
             writer.close()
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be prepared in {folder}: {' '.join(str(error).split())}") from error
-        data = storage.read_bytes(local)
-    storage.write_durable(path, data)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **statistics.counts()}
+            raise DataError(f"{folder}: a shard cannot be prepared: {' '.join(str(error).split())}") from error
+        content = storage.read_bytes(local)
+    digest = hashlib.sha256(content).hexdigest()
+    return Rendered(content, {"sha256": digest, "bytes": len(content), **statistics.counts()})
 
 
 class _Statistics:

@@ -1,7 +1,8 @@
-"""Builds a run's data: what it needs to begin, then, while it trains, each source's coming pass.
+"""Builds a run's data: what it needs to begin, then, while it trains, each source's coming groups.
 
-A thread of the driver keeps of each source the pass that is being read and the one after it ready, until the run's
-last row is covered. The loaders of the training workers find a finished pass by themselves, and wait if they must.
+A thread of the driver keeps of each source the window of rows that is being read and the one after it ready, until the
+run's last row is covered; what the mixture comes to first is packed first. The loaders of the training workers find
+packed groups by themselves. One that has caught up packs what it needs itself.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
-        firsts = [(source, 0) for source, finished in enumerate(built.groups) if not finished]
-        build.pack(built, firsts, report, place)
+        build.pack(built, built.first_passes(), report, place)
     spec = run_length.resolved(spec, built.epoch_rows())
     row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
     while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):

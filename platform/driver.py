@@ -194,6 +194,10 @@ class Attempt:
     def _show_newest(self, record: dict[str, Any] | None) -> None:
         if record is not None:
             self._step = record["step"]
+            if record["rendered_groups"]:
+                self._show.say(
+                    f"step {self._step} was ahead of the build: {record['rendered_groups']} group(s) rendered"
+                )
             tokens = self._spec.train.batch_rows * self._spec.data.seq_len
             detail = f"loss {record['loss']:.3f}  {tokens / record['step_s']:,.0f} tokens/s"
             self._show("train", record["step"], self._spec.train.total_steps, "steps", detail)
