@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from openmoe.pipelines import local_cache, passes, shards
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import passes, shards
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import shuffle_pass
 from openmoe.pipelines.passes import Group, Passes
@@ -35,15 +35,19 @@ class Record(NamedTuple):
 class Loader:
     """Random access to the rows of a build; keeps open what it has read from."""
 
-    def __init__(self, manifest_path: str, *, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, manifest_path: str, *, cache_dir: str | None = None, cache_bytes: int = local_cache.DEFAULT_BYTES
+    ) -> None:
         """Opens a build.
 
         Args:
           manifest_path: of a manifest, local or gs://.
           cache_dir: local folder for shards of gs://; None: a folder of this machine's temporary ones.
+          cache_bytes: how large that folder may become; shards that are open stay, at most so many bytes of them.
         """
         self._manifest = manifests.load(manifest_path)
         self._cache_dir = cache_dir or str(Path(tempfile.gettempdir()) / "openmoe-shards")
+        self._cache_bytes = cache_bytes
         self._mixture = self._manifest.mixture
         self._passes = Passes(self._manifest)
         self._count_rows()
@@ -186,12 +190,19 @@ class Loader:
         key = (source, number, group)
         shard = self._shards.pop(key, None)
         if shard is None:
-            if len(self._shards) == MAX_OPEN_SHARDS:
-                del self._shards[next(iter(self._shards))]  # the one not read for the longest time
+            receipt = self._passes.receipts(source)[number][group]
+            self._make_room(receipt["bytes"])
             shard = shards.Shard(
                 passes.shard_path(self._manifest, *key),
-                sha256=self._passes.receipts(source)[number][group]["sha256"],
+                sha256=receipt["sha256"],
                 cache_dir=self._cache_dir,
+                cache_bytes=self._cache_bytes,
             )
         self._shards[key] = shard
         return shard
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Closes the shards not read for the longest time, as long as there are too many or too large ones."""
+        open_bytes = sum(shard.num_bytes for shard in self._shards.values())
+        while self._shards and (len(self._shards) >= MAX_OPEN_SHARDS or open_bytes + wanted_bytes > self._cache_bytes):
+            open_bytes -= self._shards.pop(next(iter(self._shards))).num_bytes

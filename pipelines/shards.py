@@ -8,6 +8,7 @@ Padding, masks, positions and shifted inputs are not stored: `batch` rebuilds th
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import tempfile
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_module  # ty: ignore[missing-module-member]
 
-from openmoe.pipelines import storage, ul2
+from openmoe.pipelines import local_cache, storage, ul2
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.packing import Row
 
@@ -106,10 +107,11 @@ class _Statistics:
 class Shard:
     """An open shard whose content was checked against its receipt."""
 
-    def __init__(self, path: str, *, sha256: str, cache_dir: str) -> None:
+    def __init__(self, path: str, *, sha256: str, cache_dir: str, cache_bytes: int = local_cache.DEFAULT_BYTES) -> None:
         # ArrayRecord accepts a gs:// name and then waits for ever, so it only ever sees a local file.
-        local = storage.local_copy(path, cache_dir, sha256=sha256)
-        self._reader = array_record_module.ArrayRecordReader(local, "readahead_buffer_size:0")
+        self._held = local_cache.hold(path, cache_dir, sha256=sha256, max_bytes=cache_bytes)
+        self.num_bytes = os.fstat(self._held.fileno()).st_size
+        self._reader = array_record_module.ArrayRecordReader(self._held.name, "readahead_buffer_size:0")
 
     def read(self, rows: list[int]) -> list[bytes]:
         """Returns the records of rows of this shard."""

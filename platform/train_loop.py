@@ -64,7 +64,7 @@ def train(
     check_process_group(spec)
     mesh = sharding.make_mesh(**spec.mesh.model_dump())
     plan = (spec.model, spec.optimizer, mesh, spec.execution)
-    loader = Loader(manifest_path)
+    loader = Loader(manifest_path, cache_bytes=spec.cluster.shard_cache_bytes)
     with Recorder(run, claim, report, row_tokens=spec.data.seq_len) as recorder:
         recorder.event(
             "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
