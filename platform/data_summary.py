@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import storage
@@ -20,7 +20,7 @@ class SourceSummary(NamedTuple):
       bad: documents left out.
       tokens: of text, in one pass.
       passes: finished ones.
-      rows: of all finished passes.
+      rows: of all finished passes, and of the groups of the one that is begun.
       fill: share of the rows' tokens that are not padding.
       loss: share of the rows' tokens that carry loss.
       denoisers: share of the pieces, by UL2's denoisers.
@@ -64,10 +64,7 @@ def summarize(manifest: Manifest) -> list[SourceSummary]:
     """Returns the sources of a build, in the order of the run file."""
     passes = Passes(manifest)
     shares = _shares(manifest, passes)
-    return [
-        _source(source, passes.groups[index], share=shares[index], seq_len=manifest.seq_len)
-        for index, source in enumerate(manifest.sources)
-    ]
+    return [_source(source, passes, index, share=shares[index]) for index, source in enumerate(manifest.sources)]
 
 
 def _shares(manifest: Manifest, passes: Passes) -> list[float]:
@@ -78,10 +75,10 @@ def _shares(manifest: Manifest, passes: Passes) -> list[float]:
     return [int(needed) / max(rows, 1) for needed in manifest.mixture.rows_needed(rows)]
 
 
-def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share: float, seq_len: int) -> SourceSummary:
-    groups = [group for groups in passes for group in groups]
+def _source(source: SourceManifest, passes: Passes, index: int, *, share: float) -> SourceSummary:
+    groups = [group for groups in passes.receipts(index) for group in groups]
     rows = sum(group["rows"] for group in groups)
-    slots = max(rows * seq_len, 1)
+    slots = max(rows * passes.manifest.seq_len, 1)
     names = groups[0]["pieces"] if groups else ()
     pieces = {name: sum(group["pieces"][name] for group in groups) for name in names}
     num_pieces = max(sum(pieces.values()), 1)
@@ -91,7 +88,7 @@ def _source(source: SourceManifest, passes: list[list[dict[str, Any]]], *, share
         documents=sum(unit["documents"] for unit in source.units),
         bad=sum(sum(unit["bad"].values()) for unit in source.units),
         tokens=sum(unit["tokens"] for unit in source.units),
-        passes=len(passes),
+        passes=len(passes.groups[index]),
         rows=rows,
         fill=sum(group["slots_used"] for group in groups) / slots,
         loss=sum(group["loss_slots"] for group in groups) / slots,

@@ -35,10 +35,14 @@ def work(config: dict[str, Any]) -> None:
     board.place.remote(rank, ray.get_runtime_context().get_node_id())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
-    gauges = StepGauges(spec, claim)
+    gauges, rendered_groups = StepGauges(spec, claim), 0
 
     def report(record: dict[str, Any]) -> None:
-        board.put.remote({key: record[key] for key in ("step", "loss", "step_s", "rendered_groups")})
+        nonlocal rendered_groups
+        rendered_groups += record["rendered_groups"]  # the driver sees the newest record, not every one
+        board.put.remote(
+            {**{key: record[key] for key in ("step", "loss", "step_s")}, "rendered_groups": rendered_groups}
+        )
         gauges.set(record)
 
     with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
