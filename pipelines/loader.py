@@ -104,7 +104,7 @@ class Loader:
             self._passes.refresh()
             self._count_rows()
             wanted = passes.lacking(self._passes, hi)
-            for group in random.sample(wanted, len(wanted)):
+            for group in random.SystemRandom().sample(wanted, len(wanted)):
                 if not passes.is_packed(self._manifest, *group):
                     on_render(self._words(group))
                     passes.pack_group(self._manifest, *group)
