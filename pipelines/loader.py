@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from openmoe.pipelines.mixture import shuffle_pass
 from openmoe.pipelines.passes import Group, Passes
 
 COUNTED_ROWS = 1024  # rows whose tokens are counted at a time
+OPENED_AT_ONCE = 8  # shards that are downloaded together
 MAX_OPEN_SHARDS = 512  # files; a window of rows lies in far fewer
 
 
@@ -51,7 +53,7 @@ class Loader:
         self._mixture = self._manifest.mixture
         self._passes = Passes(self._manifest)
         self._count_rows()
-        self._shards: dict[tuple[int, int, int], shards.Shard] = {}
+        self._shards: dict[Group, shards.Shard] = {}
 
     @property
     def data_id(self) -> str:
@@ -142,13 +144,14 @@ class Loader:
     def records(self, lo: int, hi: int) -> list[bytes]:
         """Returns the stored records of the global rows [lo, hi)."""
         found: list[bytes] = [b""] * (hi - lo)
-        by_shard: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+        by_shard: dict[Group, list[tuple[int, int]]] = {}
         for at, record in enumerate(self.locate(lo, hi)):
-            by_shard.setdefault(record[:3], []).append((at, record.row))
-        for shard, wanted in by_shard.items():
-            contents = self._shard(*shard).read([row for _, row in wanted])
-            for (at, _), content in zip(wanted, contents, strict=True):
-                found[at] = content
+            by_shard.setdefault(Group(*record[:3]), []).append((at, record.row))
+        for keys in self._parts(by_shard):
+            for key, shard in self._opened(keys).items():
+                wanted = by_shard[key]
+                for (at, _), content in zip(wanted, shard.read([row for _, row in wanted]), strict=True):
+                    found[at] = content
         return found
 
     def text_token_counts(self, lo: int, hi: int) -> np.ndarray:
@@ -186,23 +189,47 @@ class Loader:
                 found[at] = Record(source, current, int(g), int(row))
         return found
 
-    def _shard(self, source: int, number: int, group: int) -> shards.Shard:
-        key = (source, number, group)
-        shard = self._shards.pop(key, None)
-        if shard is None:
-            receipt = self._passes.receipts(source)[number][group]
-            self._make_room(receipt["bytes"])
-            shard = shards.Shard(
-                passes.shard_path(self._manifest, *key),
-                sha256=receipt["sha256"],
-                cache_dir=self._cache_dir,
-                cache_bytes=self._cache_bytes,
-            )
-        self._shards[key] = shard
-        return shard
+    def _parts(self, keys: Iterable[Group]) -> Iterator[list[Group]]:
+        """Yields groups in parts whose shards may all be open at the same time."""
+        part: list[Group] = []
+        part_bytes = 0
+        for key in keys:
+            num_bytes = self._receipt(key)["bytes"]
+            if part and (len(part) == OPENED_AT_ONCE or part_bytes + num_bytes > self._cache_bytes):
+                yield part
+                part, part_bytes = [], 0
+            part.append(key)
+            part_bytes += num_bytes
+        if part:
+            yield part
 
-    def _make_room(self, wanted_bytes: int) -> None:
+    def _opened(self, keys: list[Group]) -> dict[Group, shards.Shard]:
+        """Returns the shards of groups; those that are not open yet are downloaded and checked at the same time."""
+        opened = {key: self._shards.pop(key) for key in keys if key in self._shards}
+        self._make_room([self._receipt(key)["bytes"] for key in keys])
+        missing = [key for key in keys if key not in opened]
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            opened |= zip(missing, pool.map(self._open, missing), strict=True)
+        self._shards |= opened  # at the end: those not read for the longest time are the first
+        return opened
+
+    def _open(self, key: Group) -> shards.Shard:
+        return shards.Shard(
+            passes.shard_path(self._manifest, *key),
+            sha256=self._receipt(key)["sha256"],
+            cache_dir=self._cache_dir,
+            cache_bytes=self._cache_bytes,
+        )
+
+    def _receipt(self, key: Group) -> dict[str, Any]:
+        return self._passes.receipts(key.source)[key.number][key.group]
+
+    def _make_room(self, wanted_bytes: list[int]) -> None:
         """Closes the shards not read for the longest time, as long as there are too many or too large ones."""
-        open_bytes = sum(shard.num_bytes for shard in self._shards.values())
-        while self._shards and (len(self._shards) >= MAX_OPEN_SHARDS or open_bytes + wanted_bytes > self._cache_bytes):
-            open_bytes -= self._shards.pop(next(iter(self._shards))).num_bytes
+        open_bytes = sum(wanted_bytes) + sum(shard.num_bytes for shard in self._shards.values())
+        while self._shards and (
+            len(self._shards) + len(wanted_bytes) > MAX_OPEN_SHARDS or open_bytes > self._cache_bytes
+        ):
+            oldest = self._shards.pop(next(iter(self._shards)))
+            open_bytes -= oldest.num_bytes
+            oldest.close()

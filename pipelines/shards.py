@@ -117,6 +117,11 @@ class Shard:
         """Returns the records of rows of this shard."""
         return self._reader.read(rows)
 
+    def close(self) -> None:
+        """Lets go of the file, which may then be removed from the cache."""
+        self._reader.close()
+        self._held.close()
+
 
 def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:
     """Returns the arrays that a trainer wants, [rows, seq_len] int32; loss_weights float32.
