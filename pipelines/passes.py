@@ -110,8 +110,8 @@ class Passes:
         """Returns the groups with which the rows [0, until_row) of a source can be read, and that are not packed.
 
         How many rows a group has is known when it is packed. Until then its tokens are a lower bound, so that there
-        may be a group too many at the end of a window; passes after the first are taken to be as long as the one
-        before. Whoever wants all rows asks again when these groups are packed.
+        may be a group too many at the end of a window. Where several passes are wanted, they are taken to be as long
+        as the last one. Whoever wants all rows asks again when these groups are packed.
 
         Returns:
           Each group with the row of the source at which it begins to be read, as far as that is known; in order.
@@ -126,7 +126,9 @@ class Passes:
             if group >= len(packed):
                 wanted.append((window, Group(source, number, group)))
                 rows += tokens // self.manifest.seq_len
-        num_passes = math.ceil((until_row - start) / finished[-1]) if finished else 1
+        if packed or not finished:  # how long this pass is will be known before the next is wanted
+            return wanted
+        num_passes = math.ceil((until_row - start) / finished[-1])
         for extra in range(1, num_passes):
             begins, later = start + extra * finished[-1], number + extra
             wanted += [(begins, Group(source, later, group)) for group in range(len(self._tokens_of(source, later)))]

@@ -70,6 +70,18 @@ def test_whatever_is_packed_what_is_lacking_makes_the_rows_readable_and_is_asked
         assert manifest.mixture.rows_available(built.total_rows()) >= num_rows
 
 
+def test_a_pass_that_proves_longer_than_the_last_is_packed_to_its_end_before_the_next_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "WINDOW_ROWS", 5)
+    manifest = receipts_only(tmp_path, [[500, 500, 500]], [1.0])
+    for group, rows in ((Group(0, 0, 0), 2), (Group(0, 0, 1), 2), (Group(0, 0, 2), 2), (Group(0, 1, 0), 20)):
+        pack(manifest, group, rows)
+    built = Passes(manifest)
+    assert (built.rows(0), built.readable(0)) == ([6], [6, 20])
+    assert passes.coming(built, 25, 1000, ahead=0) == []
+    assert passes.coming(built, 26, 1000, ahead=0) == [Group(0, 1, 1)]
+    assert passes.lacking(built, 500) == [Group(0, 1, 1), Group(0, 1, 2)]
+
+
 @pytest.fixture
 def on_gs(small_data, gcs, tmp_path):
     """The path of the manifest of a copy of the build on gs://."""
