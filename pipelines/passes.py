@@ -140,6 +140,11 @@ class Passes:
         return [sum(units[unit]["tokens"] for unit in group) for group in self.manifest.groups(source, number)]
 
 
+def covers(passes: Passes, num_rows: int) -> bool:
+    """Returns whether the global rows [0, num_rows) can be read."""
+    return bool((passes.manifest.mixture.rows_needed(num_rows) <= passes.total_rows()).all())
+
+
 def lacking(passes: Passes, num_rows: int) -> list[Group]:
     """Returns the groups that the global rows [0, num_rows) need and that are not packed, in the order of the need.
 

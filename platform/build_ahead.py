@@ -112,7 +112,7 @@ class BuildAhead:
 
     def _work(self) -> None:
         try:
-            while passes.lacking(self._passes, self._last_row) and not self._stop.is_set():
+            while not passes.covers(self._passes, self._last_row) and not self._stop.is_set():
                 row = self._position_steps() * self._batch_rows
                 if wanted := passes.coming(self._passes, row, self._last_row, ahead=1):
                     build.pack(self._passes, wanted, self._report, self._place)

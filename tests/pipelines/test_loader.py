@@ -58,6 +58,7 @@ def test_whatever_is_packed_what_is_lacking_makes_the_rows_readable_and_is_asked
                 pack_it(group)
         built, asked = Passes(manifest), []
         while wanted := passes.lacking(built, num_rows):
+            assert not passes.covers(built, num_rows)
             new = passes.unpacked(manifest, wanted)
             assert len(set(wanted)) == len(wanted)
             for group in new:
@@ -67,6 +68,7 @@ def test_whatever_is_packed_what_is_lacking_makes_the_rows_readable_and_is_asked
             built.refresh()
             assert new or (built.total_rows() > before).any()
         assert len(set(asked)) == len(asked)
+        assert passes.covers(built, num_rows)
         assert manifest.mixture.rows_available(built.total_rows()) >= num_rows
 
 
