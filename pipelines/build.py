@@ -1,4 +1,4 @@
-"""Builds UL2 shards with Ray Data: sources to token cache, token cache to the passes that the mixture needs.
+"""Builds UL2 shards with Ray Data: sources to token cache, token cache to the groups that the mixture needs.
 
 Ray Data schedules work units; their artefacts go to storage, only receipts come back. A unit is done when its
 receipt exists, so a build that was killed anywhere goes on where it was, with any number of workers.
@@ -27,7 +27,7 @@ from openmoe.pipelines import limits, passes, selection, sources, storage, token
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Group, Passes
 from openmoe.pipelines.sources import Unit
 
 Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
@@ -89,7 +89,8 @@ def build(
 
 
 def extend(built: Passes, min_rows: int, report: Report, place: Workplace) -> None:
-    """Adds the passes that the global rows [0, min_rows) need and that are not finished."""
+    """Packs the groups that the global rows [0, min_rows) need and that are not packed."""
+    built.record()
     while wanted := passes.lacking(built, min_rows):
         pack(built, wanted, report, place)
 
@@ -158,31 +159,16 @@ def _select(
     return {name: [{**unit, "split": splits[unit["key"]]} for unit in units] for name, units in receipts.items()}
 
 
-def pack(built: Passes, wanted: list[tuple[int, int]], report: Report, place: Workplace) -> None:
-    """Packs passes (stream, number): those of their groups that have no receipt yet."""
+def pack(built: Passes, wanted: list[Group], report: Report, place: Workplace) -> None:
+    """Packs those of the groups that have no receipt yet, in this order as far as CPUs allow."""
     manifest = built.manifest
-    receipts = {each: passes.packed_groups(manifest, *each) for each in wanted}
-    num_groups = {each: len(manifest.groups(*each)) for each in wanted}
-    tasks = [
-        {"manifest": manifest.path, "stream": stream, "number": number, "group": group}
-        for stream, number in wanted
-        for group in range(num_groups[stream, number])
-        if group not in receipts[stream, number]
-    ]
-
-    def finish(stream: int, number: int) -> None:
-        packed = receipts[stream, number]
-        if len(packed) == num_groups[stream, number]:
-            passes.finish(manifest, stream, number, [packed[group] for group in sorted(packed)])
-
-    for each in wanted:
-        finish(*each)
-    total = sum(num_groups.values())
-    for done, receipt in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
-        receipts[receipt["stream"], receipt["number"]][receipt["group"]] = receipt
+    unpacked = passes.unpacked(manifest, wanted)
+    tasks = [{"manifest": manifest.path, **group._asdict()} for group in unpacked]
+    total = len(wanted)
+    for done, _ in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
         report("pack", done, total, "groups")
-        finish(receipt["stream"], receipt["number"])
     built.refresh()
+    built.record()
 
 
 def _tokenize_task(row: dict[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import shards, storage, tokenizer, ul2
+from openmoe.pipelines import packing, passes, shards, storage, tokenizer, ul2
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.tokenizer import Tokenizer, Vocabulary
@@ -33,10 +33,12 @@ class Origin(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One piece of a document, corrupted.
+    """One piece of a document, corrupted or not.
+
+    With packing `reference` a segment can be of several documents; those after the first are listed with no slots.
 
     Attributes:
-      denoiser: by name.
+      denoiser: by name; `next_token` where there is none.
       origin: of the document.
       unit: of the source, as the manifest numbers them.
       document: of the unit.
@@ -66,8 +68,8 @@ class Explanation(NamedTuple):
     Attributes:
       row: its number.
       data_id: of the build.
-      source: by name.
-      pass_number: of the source.
+      stream: its source by name, with the objective where the build has several.
+      pass_number: of the stream.
       shard: file that holds it.
       row_in_shard: its number there.
       slots: of the row that are used.
@@ -77,7 +79,7 @@ class Explanation(NamedTuple):
 
     row: int
     data_id: str
-    source: str
+    stream: str
     pass_number: int
     shard: str
     row_in_shard: int
@@ -99,42 +101,43 @@ def explain(manifest_path: str, row: int) -> Explanation:
     return Explanation(
         row=row,
         data_id=manifest.data_id,
-        source=manifest.sources[at.source].name,
+        stream=manifest.stream_names[at.stream],
         pass_number=at.number,
-        shard=storage.join(manifest.pass_folder(at.source, at.number), f"{at.group:05d}.array_record"),
+        shard=passes.shard_path(manifest, *at[:3]),
         row_in_shard=at.row,
         slots=len(tokens),
         seq_len=manifest.seq_len,
         segments=[
-            _segment(manifest, at.source, segment, tokens[end - segment["inputs"] - segment["targets"] : end])
+            _segment(manifest, at.stream, segment, tokens[end - segment["inputs"] - segment["targets"] : end])
             for segment, end in zip(table, ends.tolist(), strict=True)
         ],
     )
 
 
-def _segment(manifest: Manifest, source: int, segment: np.void, tokens: np.ndarray) -> Segment:
+def _segment(manifest: Manifest, stream: int, segment: np.void, tokens: np.ndarray) -> Segment:
     """Describes one entry of a row's SEGMENT table with its tokens, uint32[inputs + targets]."""
     fields = {name: int(segment[name]) for name in shards.SEGMENT.names or ()}
     text, vocabulary = tokenizer.load(manifest.tokenizer), manifest.vocabulary
-    denoiser = ul2.DENOISERS[fields["denoiser"]]
+    kind = fields["denoiser"]
+    prompt = vocabulary.prompts[ul2.DENOISERS[kind].mode] if kind != packing.NEXT_TOKEN else ()
     ids = tokens.tolist()
     return Segment(
-        denoiser=denoiser.name,
-        origin=_origin(manifest, source, fields["unit"], fields["document"]),
+        denoiser=packing.KINDS[kind],
+        origin=_origin(manifest, stream, fields["unit"], fields["document"]),
         unit=fields["unit"],
         document=fields["document"],
         start=fields["start"],
         length=fields["length"],
         num_inputs=fields["inputs"],
         num_targets=fields["targets"],
-        inputs=_parts(ids[: fields["inputs"]], text, vocabulary, prompt=vocabulary.prompts[denoiser.mode]),
+        inputs=_parts(ids[: fields["inputs"]], text, vocabulary, prompt=prompt),
         targets=_parts(ids[fields["inputs"] :], text, vocabulary),
     )
 
 
-def _origin(manifest: Manifest, source: int, unit: int, document: int) -> Origin:
+def _origin(manifest: Manifest, stream: int, unit: int, document: int) -> Origin:
     """Looks a document up in the token cache."""
-    receipt = manifest.sources[source].units[unit]
+    receipt = manifest.source_of(stream).units[unit]
     with storage.open_read(storage.join(manifest.data_dir, "tokens", f"{receipt['key']}.parquet")) as raw:
         file = pq.ParquetFile(raw)
         counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]

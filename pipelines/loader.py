@@ -1,23 +1,27 @@
-"""Reads rows by number: the content of global row i is a pure function of (manifest, i)."""
+"""Reads rows by number: the content of global row i is a pure function of (manifest, i).
+
+What nobody has packed yet is rendered when it is wanted (`Loader.make_ready`), to the same bytes.
+"""
 
 from __future__ import annotations
 
+import random
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from openmoe.pipelines import local_cache, passes, shards
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import shards, storage
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import shuffle_pass
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Group, Passes
 
-POLL_S = 1.0
 COUNTED_ROWS = 1024  # rows whose tokens are counted at a time
+OPENED_AT_ONCE = 8  # shards that are downloaded together
 MAX_OPEN_SHARDS = 512  # files; a window of rows lies in far fewer
 
 
@@ -33,19 +37,23 @@ class Record(NamedTuple):
 class Loader:
     """Random access to the rows of a build; keeps open what it has read from."""
 
-    def __init__(self, manifest_path: str, *, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, manifest_path: str, *, cache_dir: str | None = None, cache_bytes: int = local_cache.DEFAULT_BYTES
+    ) -> None:
         """Opens a build.
 
         Args:
           manifest_path: of a manifest, local or gs://.
           cache_dir: local folder for shards of gs://; None: a folder of this machine's temporary ones.
+          cache_bytes: how large that folder may become; shards that are open stay, at most so many bytes of them.
         """
         self._manifest = manifests.load(manifest_path)
         self._cache_dir = cache_dir or str(Path(tempfile.gettempdir()) / "openmoe-shards")
+        self._cache_bytes = cache_bytes
         self._mixture = self._manifest.mixture
         self._passes = Passes(self._manifest)
         self._count_rows()
-        self._shards: dict[tuple[int, int, int], shards.Shard] = {}
+        self._shards: dict[Group, shards.Shard] = {}
 
     @property
     def data_id(self) -> str:
@@ -64,7 +72,7 @@ class Loader:
 
     @property
     def num_rows(self) -> int:
-        """Global rows that the finished passes serve."""
+        """Global rows that the packed groups serve."""
         return self._num_rows
 
     @property
@@ -74,44 +82,41 @@ class Loader:
 
     def _count_rows(self) -> None:
         # By stream, then by pass, then by group.
-        self._group_rows = [[[g["rows"] for g in groups] for groups in passes] for passes in self._passes.groups]
+        streams = range(len(self._manifest.streams))
+        self._group_rows = [[[g["rows"] for g in groups] for groups in self._passes.receipts(s)] for s in streams]
+        self._pass_ends = [np.cumsum(self._passes.readable(s)) for s in streams]
         self._num_rows = self._mixture.rows_available(self._passes.total_rows())
 
-    def wait_for(self, hi: int, *, timeout_s: float, on_wait: Callable[[str], None] = lambda missing: None) -> float:
-        """Waits until another process has built the global rows [0, hi).
+    def make_ready(self, hi: int, on_render: Callable[[str], None] = lambda group: None) -> int:
+        """Sees to it that the global rows [0, hi) can be read, and packs groups that nobody has packed.
+
+        A group costs its part of the token cache, read once, and the CPU time of packing it. It is committed like any
+        other, so that no one has to do it again: hosts that lack the same groups begin with different ones, and take
+        what the others have finished. Two may do the same group at the same time, to the same bytes.
 
         Args:
           hi: rows wanted.
-          timeout_s: how long to wait at most.
-          on_wait: told, each time it looks in vain, which pass is missing, in words.
+          on_render: told, in words, which group is packed next.
 
         Returns:
-          Seconds waited; 0 when the rows were there.
-
-        Raises:
-          DataError: they are not there in time; it names the missing pass.
+          How many groups were packed here; 0 when the rows were there.
         """
-        start_s, waited_s = time.monotonic(), 0.0
+        rendered = 0
         while hi > self._num_rows:
             self._passes.refresh()
             self._count_rows()
-            if hi <= self._num_rows:
-                break
-            if waited_s > timeout_s:
-                raise DataError(
-                    f"{self._manifest.path}: {self._missing()} was not built within {timeout_s:g} s; "
-                    "the driver's log says why"
-                )
-            on_wait(self._missing())
-            time.sleep(POLL_S)
-            waited_s = time.monotonic() - start_s
-        return waited_s
+            wanted = passes.lacking(self._passes, hi)
+            for group in random.SystemRandom().sample(wanted, len(wanted)):
+                if not passes.is_packed(self._manifest, *group):
+                    on_render(self._words(group))
+                    passes.pack_group(self._manifest, *group)
+                    rendered += 1
+        if rendered:
+            self._passes.record()
+        return rendered
 
-    def _missing(self) -> str:
-        """Returns in words which pass the first row that is not built belongs to."""
-        stream = int(self._mixture.locate(self._num_rows, self._num_rows + 1).stream[0])
-        name = self._manifest.stream_names[stream]
-        return f"pass {len(self._group_rows[stream])} of {name} (global row {self._num_rows})"
+    def _words(self, group: Group) -> str:
+        return f"group {group.group} of pass {group.number} of {self._manifest.stream_names[group.stream]}"
 
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
@@ -127,7 +132,7 @@ class Loader:
         if not 0 <= lo < hi <= self.num_rows:
             raise DataError(
                 f"{self._manifest.path}: rows [{lo}, {hi}) were asked for, [0, {self.num_rows}) are built; "
-                "build more passes"
+                "`openmoe data build RUN` builds what a run reads"
             )
         stream, row = self._mixture.locate(lo, hi)
         found = [Record(0, 0, 0, 0)] * (hi - lo)
@@ -140,13 +145,14 @@ class Loader:
     def records(self, lo: int, hi: int) -> list[bytes]:
         """Returns the stored records of the global rows [lo, hi)."""
         found: list[bytes] = [b""] * (hi - lo)
-        by_shard: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+        by_shard: dict[Group, list[tuple[int, int]]] = {}
         for at, record in enumerate(self.locate(lo, hi)):
-            by_shard.setdefault(record[:3], []).append((at, record.row))
-        for shard, wanted in by_shard.items():
-            contents = self._shard(*shard).read([row for _, row in wanted])
-            for (at, _), content in zip(wanted, contents, strict=True):
-                found[at] = content
+            by_shard.setdefault(Group(*record[:3]), []).append((at, record.row))
+        for keys in self._parts(by_shard):
+            for key, shard in self._opened(keys).items():
+                wanted = by_shard[key]
+                for (at, _), content in zip(wanted, shard.read([row for _, row in wanted]), strict=True):
+                    found[at] = content
         return found
 
     def text_token_counts(self, lo: int, hi: int) -> np.ndarray:
@@ -167,33 +173,64 @@ class Loader:
 
     def _stored(self, stream: int, rows: np.ndarray) -> list[Record]:
         """Returns where rows of a stream, int64[n] counted over its passes, are stored."""
-        pass_ends = np.cumsum([sum(groups) for groups in self._group_rows[stream]])
+        pass_ends = self._pass_ends[stream]
         number = np.searchsorted(pass_ends, rows, side="right")
         found = [Record(0, 0, 0, 0)] * len(rows)
-        for current in np.unique(number):
+        for current in np.unique(number).tolist():
             of_pass = np.flatnonzero(number == current)
             groups = self._group_rows[stream][current]
             name, seed = self._manifest.stream_key(stream), self._manifest.seed
-            in_pass = rows[of_pass] - (pass_ends[current] - sum(groups))
-            stored = shuffle_pass(in_pass, sum(groups), seed, name, int(current))
+            in_pass = rows[of_pass] - (pass_ends[current - 1] if current else 0)
+            # Of a pass that is begun, the known rows end in a whole window: the rows after it shuffle none before it.
+            stored = shuffle_pass(in_pass, sum(groups), seed, name, current)
             group_ends = np.cumsum(groups)
             group = np.searchsorted(group_ends, stored, side="right")
             in_group = stored - (group_ends - groups)[group]
             for at, g, row in zip(of_pass, group, in_group, strict=True):
-                found[at] = Record(stream, int(current), int(g), int(row))
+                found[at] = Record(stream, current, int(g), int(row))
         return found
 
-    def _shard(self, stream: int, number: int, group: int) -> shards.Shard:
-        key = (stream, number, group)
-        shard = self._shards.pop(key, None)
-        if shard is None:
-            if len(self._shards) == MAX_OPEN_SHARDS:
-                del self._shards[next(iter(self._shards))]  # the one not read for the longest time
-            folder = self._manifest.pass_folder(stream, number)
-            shard = shards.Shard(
-                storage.join(folder, f"{group:05d}.array_record"),
-                sha256=self._passes.groups[stream][number][group]["sha256"],
-                cache_dir=self._cache_dir,
-            )
-        self._shards[key] = shard
-        return shard
+    def _parts(self, keys: Iterable[Group]) -> Iterator[list[Group]]:
+        """Yields groups in parts whose shards may all be open at the same time."""
+        part: list[Group] = []
+        part_bytes = 0
+        for key in keys:
+            num_bytes = self._receipt(key)["bytes"]
+            if part and (len(part) == OPENED_AT_ONCE or part_bytes + num_bytes > self._cache_bytes):
+                yield part
+                part, part_bytes = [], 0
+            part.append(key)
+            part_bytes += num_bytes
+        if part:
+            yield part
+
+    def _opened(self, keys: list[Group]) -> dict[Group, shards.Shard]:
+        """Returns the shards of groups; those that are not open yet are downloaded and checked at the same time."""
+        opened = {key: self._shards.pop(key) for key in keys if key in self._shards}
+        self._make_room([self._receipt(key)["bytes"] for key in keys])
+        missing = [key for key in keys if key not in opened]
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as pool:
+            opened |= zip(missing, pool.map(self._open, missing), strict=True)
+        self._shards |= opened  # at the end: those not read for the longest time are the first
+        return opened
+
+    def _open(self, key: Group) -> shards.Shard:
+        return shards.Shard(
+            passes.shard_path(self._manifest, *key),
+            sha256=self._receipt(key)["sha256"],
+            cache_dir=self._cache_dir,
+            cache_bytes=self._cache_bytes,
+        )
+
+    def _receipt(self, key: Group) -> dict[str, Any]:
+        return self._passes.receipts(key.stream)[key.number][key.group]
+
+    def _make_room(self, wanted_bytes: list[int]) -> None:
+        """Closes the shards not read for the longest time, as long as there are too many or too large ones."""
+        open_bytes = sum(wanted_bytes) + sum(shard.num_bytes for shard in self._shards.values())
+        while self._shards and (
+            len(self._shards) + len(wanted_bytes) > MAX_OPEN_SHARDS or open_bytes > self._cache_bytes
+        ):
+            oldest = self._shards.pop(next(iter(self._shards)))
+            open_bytes -= oldest.num_bytes
+            oldest.close()

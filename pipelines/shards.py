@@ -8,16 +8,17 @@ Padding, masks, positions and shifted inputs are not stored: `batch` rebuilds th
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module  # ty: ignore[missing-module-member]
 
-from openmoe.pipelines import packing, storage
+from openmoe.pipelines import local_cache, packing, storage
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.packing import Row
 
@@ -44,11 +45,17 @@ def decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.frombuffer(record, SEGMENT, num_segments, _HEADER.size + tokens.nbytes)
 
 
-def write(path: str, rows: Iterable[Row], origin: np.ndarray) -> dict[str, Any]:
-    """Writes a shard and returns its statistics and digest, which belong into its receipt.
+class Rendered(NamedTuple):
+    """A shard as bytes, and what its receipt says of it."""
+
+    content: bytes
+    facts: dict[str, Any]  # digest and statistics
+
+
+def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
+    """Returns the shard of rows: the same bytes for the same rows, with the same versions of the libraries.
 
     Args:
-      path: final name, local or gs://.
       rows: in the order of the records.
       origin: int64[documents, 2], unit and document in the unit of each document that rows refer to.
     """
@@ -61,10 +68,10 @@ def write(path: str, rows: Iterable[Row], origin: np.ndarray) -> dict[str, Any]:
                 writer.write(encode(row.tokens, statistics.add(row, origin)))
             writer.close()
         except RuntimeError as error:
-            raise DataError(f"{path}: cannot be prepared in {folder}: {' '.join(str(error).split())}") from error
-        data = storage.read_bytes(local)
-    storage.write_durable(path, data)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **statistics.counts()}
+            raise DataError(f"{folder}: a shard cannot be prepared: {' '.join(str(error).split())}") from error
+        content = storage.read_bytes(local)
+    digest = hashlib.sha256(content).hexdigest()
+    return Rendered(content, {"sha256": digest, "bytes": len(content), **statistics.counts()})
 
 
 class _Statistics:
@@ -103,14 +110,20 @@ class _Statistics:
 class Shard:
     """An open shard whose content was checked against its receipt."""
 
-    def __init__(self, path: str, *, sha256: str, cache_dir: str) -> None:
+    def __init__(self, path: str, *, sha256: str, cache_dir: str, cache_bytes: int = local_cache.DEFAULT_BYTES) -> None:
         # ArrayRecord accepts a gs:// name and then waits for ever, so it only ever sees a local file.
-        local = storage.local_copy(path, cache_dir, sha256=sha256)
-        self._reader = array_record_module.ArrayRecordReader(local, "readahead_buffer_size:0")
+        self._held = local_cache.hold(path, cache_dir, sha256=sha256, max_bytes=cache_bytes)
+        self.num_bytes = os.fstat(self._held.fileno()).st_size
+        self._reader = array_record_module.ArrayRecordReader(self._held.name, "readahead_buffer_size:0")
 
     def read(self, rows: list[int]) -> list[bytes]:
         """Returns the records of rows of this shard."""
         return self._reader.read(rows)
+
+    def close(self) -> None:
+        """Lets go of the file, which may then be removed from the cache."""
+        self._reader.close()
+        self._held.close()
 
 
 def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:

@@ -236,31 +236,6 @@ def _entries(folder: str, part: str) -> Iterator[tuple[str, str]]:
         yield part, "folder" if is_folder else "file"
 
 
-def local_copy(path: str, cache_dir: str, *, sha256: str) -> str:
-    """Returns a local file with the content of `path`, proven by its digest.
-
-    A local path is checked where it is; an object is downloaded once into `cache_dir` under its digest.
-    """
-    if not is_remote(path):
-        data = read_bytes(path)
-        local = path
-    else:
-        local = join(cache_dir, f"{sha256}-{path.rsplit('/', 1)[-1]}")
-        cached = read_if_present(local)
-        if cached is not None and hashlib.sha256(cached).hexdigest() == sha256:
-            return local
-        data = read_bytes(path)
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != sha256:
-        raise StorageError(
-            f"{path}: damaged or replaced: sha256 is {digest[:16]}, recorded was {sha256[:16]}; "
-            "delete its folder and build again"
-        )
-    if local != path:
-        write_durable(local, data)
-    return local
-
-
 @functools.cache
 def _gcs() -> Any:
     """Returns the client; without cached listings, since other processes create files all the time."""

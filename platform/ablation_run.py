@@ -90,8 +90,7 @@ def _build(wanted: RunSpec, folder: str, show: ProgressReport) -> Manifest:
     with ray_session.started(wanted.cluster):
         manifest = build.tokenize(wanted.data, wanted.data_dir, show, place)
         built = Passes(manifest)
-        missing = [(source, 0) for source, finished in enumerate(built.groups) if not finished]
-        build.pack(built, missing, show, place)
+        build.pack(built, built.first_passes(), show, place)
     return manifest
 
 

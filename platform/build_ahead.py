@@ -1,7 +1,8 @@
-"""Builds a run's data: what it needs to begin, then, while it trains, each stream's coming pass.
+"""Builds a run's data: what it needs to begin, then, while it trains, each stream's coming groups.
 
-A thread of the driver keeps of each stream the pass that is being read and the one after it ready, until the run's
-last row is covered. The loaders of the training workers find a finished pass by themselves, and wait if they must.
+A thread of the driver keeps of each stream the window of rows that is being read and the one after it ready, until the
+run's last row is covered; what the mixture comes to first is packed first. The loaders of the training workers find
+packed groups by themselves. One that has caught up packs what it needs itself.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
-        firsts = [(stream, 0) for stream in manifest.first_streams if not built.groups[stream]]
-        build.pack(built, firsts, report, place)
+        build.pack(built, built.first_passes(), report, place)
     spec = run_length.resolved(spec, built.epoch_rows())
     row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
     while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
@@ -113,7 +113,7 @@ class BuildAhead:
 
     def _work(self) -> None:
         try:
-            while passes.lacking(self._passes, self._last_row) and not self._stop.is_set():
+            while not passes.covers(self._passes, self._last_row) and not self._stop.is_set():
                 row = self._position_steps() * self._batch_rows
                 if wanted := passes.coming(self._passes, row, self._last_row, ahead=1):
                     build.pack(self._passes, wanted, self._report, self._place)

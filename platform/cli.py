@@ -13,6 +13,7 @@ from openmoe.platform import (
     cli_convert,
     cli_dashboard,
     cli_explain,
+    cli_export,
     cli_generate,
     cli_jobs,
     cli_ledger,
@@ -211,6 +212,9 @@ def data_build(run: Run, overrides: Overrides = None) -> None:
     with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
         driver.write_sample_corpus(loaded)
         build_ahead.build_all(loaded, show, show.say)
+
+
+data_app.command("export")(cli_export.export)
 
 
 @data_app.command("show")

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from openmoe.platform.run_dir import RunDir
 
 _STYLES = {"prompt": "bold cyan", "sentinel": "bold magenta", "end": "dim", "text": ""}
-_DENOISERS = {"R": "green", "X": "yellow", "S": "blue"}  # by the first letter: regular, extreme, sequential
+# By the first letter: regular, extreme, sequential, none.
+_DENOISERS = {"R": "green", "X": "yellow", "S": "blue", "n": "magenta"}
 
 
 def explain(
@@ -95,7 +96,7 @@ def _show(found: "Explanation", uses: "list[tuple[int, int, str]] | None") -> No
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=120)
     lines = [
         ("row", f"{found.row:,} of data {found.data_id}: {found.slots:,} of {found.seq_len:,} slots are used"),
-        ("source", f"{found.source}, pass {found.pass_number}"),
+        ("stream", f"{found.stream}, pass {found.pass_number}"),
         ("shard", f"{found.shard}, row {found.row_in_shard:,}"),
     ]
     if uses is not None:
@@ -114,11 +115,15 @@ def _show_segment(console: "Console", number: int, segment: "Segment") -> None:
     origin, end = segment.origin, segment.start + segment.length
     slots = f"{segment.num_inputs:,} slots of inputs, {segment.num_targets:,} of targets"
     console.print()
+    if not segment.num_inputs + segment.num_targets:
+        slots = "in the slots of the segment before it"
     console.print(Text.assemble(f"segment {number}: denoiser ", (segment.denoiser, f"bold {colour}"), f", {slots}"))
     document = f"document {segment.document:,} of unit {segment.unit:,}"
     console.print(f"  {origin.file}, {origin.unit} {origin.offset:,}", markup=False, soft_wrap=True)
     console.print(f"  tokens [{segment.start:,}, {end:,}) of {document}", markup=False, soft_wrap=True)
     for name, parts in (("inputs", segment.inputs), ("targets", segment.targets)):
+        if not parts:
+            continue
         style = colour if name == "targets" else ""
         text = Text.assemble(*((part.text, _STYLES[part.kind] or style) for part in parts))
         console.print(f"  {name}")

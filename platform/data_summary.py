@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import selection, storage
@@ -23,7 +23,7 @@ class StreamSummary(NamedTuple):
       validation: usable ones kept apart.
       tokens: of text, in one pass.
       passes: finished ones.
-      rows: of all finished passes.
+      rows: of all finished passes, and of the groups of the one that is begun.
       fill: share of the rows' tokens that are not padding.
       loss: share of the rows' tokens that carry loss.
       denoisers: share of the pieces, by UL2's denoisers; those that no piece has are left out.
@@ -77,7 +77,7 @@ def summarize(manifest: Manifest) -> list[StreamSummary]:
     passes = Passes(manifest)
     shares = _shares(manifest, passes)
     return [
-        _stream(name, manifest.source_of(index), passes.groups[index], share=shares[index], seq_len=manifest.seq_len)
+        _stream(name, manifest.source_of(index), passes, index, share=shares[index])
         for index, name in enumerate(manifest.stream_names)
     ]
 
@@ -90,12 +90,10 @@ def _shares(manifest: Manifest, passes: Passes) -> list[float]:
     return [int(needed) / max(rows, 1) for needed in manifest.mixture.rows_needed(rows)]
 
 
-def _stream(
-    name: str, source: SourceManifest, passes: list[list[dict[str, Any]]], *, share: float, seq_len: int
-) -> StreamSummary:
-    groups = [group for groups in passes for group in groups]
+def _stream(name: str, source: SourceManifest, passes: Passes, index: int, *, share: float) -> StreamSummary:
+    groups = [group for groups in passes.receipts(index) for group in groups]
     rows = sum(group["rows"] for group in groups)
-    slots = max(rows * seq_len, 1)
+    slots = max(rows * passes.manifest.seq_len, 1)
     kinds = groups[0]["pieces"] if groups else ()
     pieces = {kind: sum(group["pieces"][kind] for group in groups) for kind in kinds}
     num_pieces = max(sum(pieces.values()), 1)
@@ -107,7 +105,7 @@ def _stream(
         duplicates=sum(selection.count(unit, "duplicate") for unit in source.units),
         validation=sum(selection.count(unit, "validation") for unit in source.units),
         tokens=sum(selection.trained_tokens(unit) for unit in source.units),
-        passes=len(passes),
+        passes=len(passes.groups[index]),
         rows=rows,
         fill=sum(group["slots_used"] for group in groups) / slots,
         loss=sum(group["loss_slots"] for group in groups) / slots,

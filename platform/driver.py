@@ -105,7 +105,7 @@ class Attempt:
     ) -> None:
         self._spec, self._run, self._manifest_path, self._show = spec, run, manifest_path, show
         self._instances, self._name = instances, name
-        self._step = 0
+        self._step = self._rendered_groups = 0
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
         self.exit_code = 0
@@ -129,7 +129,7 @@ class Attempt:
             hosts.wait_for_slices(self._spec.cluster, self._show.say)
             claim = self._run.claim()
             journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
-            self._step = self._run.step_of(claim.resumes)
+            self._step, self._rendered_groups = self._run.step_of(claim.resumes), 0
             steps = self._spec.train.total_steps
             self._show.say(f"incarnation {claim.incarnation} starts at step {self._step} of {steps}")
             try:
@@ -194,6 +194,9 @@ class Attempt:
     def _show_newest(self, record: dict[str, Any] | None) -> None:
         if record is not None:
             self._step = record["step"]
+            if (rendered := record["rendered_groups"]) > self._rendered_groups:
+                self._rendered_groups = rendered
+                self._show.say(f"training got ahead of the build: {rendered} group(s) of rows rendered on read so far")
             tokens = self._spec.train.batch_rows * self._spec.data.seq_len
             detail = f"loss {record['loss']:.3f}  {tokens / record['step_s']:,.0f} tokens/s"
             self._show("train", record["step"], self._spec.train.total_steps, "steps", detail)

@@ -42,6 +42,8 @@ TAGS = {
     "router_confidence": "router/confidence",
     "expert_usage": "router/expert_usage",
     "step_s": "speed/step_s",
+    "data_wait_s": "speed/data_wait_s",
+    "rendered_groups": "speed/rendered_groups",
 }
 
 

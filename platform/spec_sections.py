@@ -98,6 +98,11 @@ class ClusterConfig(Section):
     step_timeout_s: float = Field(
         default=1800.0, gt=0, description="A worker without a step for so long is stuck; compiling counts too."
     )
+    shard_cache_bytes: int = Field(
+        default=16 * 2**30,
+        ge=2**20,
+        description="Disk that shards of gs:// may take on each host; the least recently used are removed.",
+    )
     object_store_bytes: int = Field(
         default=200_000_000,
         ge=80_000_000,

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import deque
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,13 +27,13 @@ from jax.sharding import Mesh
 from openmoe.model import checksum, sharding, step
 from openmoe.pipelines.loader import Loader
 from openmoe.platform import sampling
-from openmoe.platform.lineage import Claim
+from openmoe.platform.lineage import Claim, Position
+from openmoe.platform.prefetch import Prefetch
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.saver import Saver
 from openmoe.platform.spec import RunSpec
 
-DATA_TIMEOUT_S = 2 * 3600.0  # a pass that fails to be built ends the run earlier, with its reason
 BATCH_KEYS = checksum.KEYS
 
 
@@ -51,7 +53,7 @@ def train(
       claim: this incarnation's.
       manifest_path: of the data build whose rows are trained on.
       report: called by process 0 with the record of each step, for those who watch.
-      beat: called by every process at each step, and while it waits for data: it is not stuck.
+      beat: called by every process at each step, and for each group of rows it has to render: it is not stuck.
 
     Returns:
       The final train state in its plain form, sharded over the mesh.
@@ -62,7 +64,7 @@ def train(
     check_process_group(spec)
     mesh = sharding.make_mesh(**spec.mesh.model_dump())
     plan = (spec.model, spec.optimizer, mesh, spec.execution)
-    loader = Loader(manifest_path)
+    loader = Loader(manifest_path, cache_bytes=spec.cluster.shard_cache_bytes)
     with Recorder(run, claim, report, row_tokens=spec.data.seq_len) as recorder:
         recorder.event(
             "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
@@ -71,18 +73,18 @@ def train(
         state, position = saver.restore(mesh)
         state, train_step = step.arranged(*plan, state), step.make_train_step(*plan)
 
-        while position.step < spec.train.total_steps:
-            beat()
-            data_wait_s = wait_for_rows(loader, position.next_row + spec.train.batch_rows, recorder, beat)
-            batch = global_batch(spec, mesh, loader, first_row=position.next_row)
-            state, metrics = train_step(state, batch)
-            position = position.after(rows=spec.train.batch_rows)
-            # Waits for the step before this one, which stays in flight.
-            recorder.record(position, {**metrics, "data_wait_s": data_wait_s})
-            if saver.is_due(position.step):
-                recorder.catch_up()
-                saver.save(step.plain(*plan, state), position)
-            saver.accept_committed()
+        with Batches(spec, mesh, loader, position) as coming:
+            while position.step < spec.train.total_steps:
+                beat()
+                batch, data_metrics = coming.take(recorder, beat)
+                state, metrics = train_step(state, batch)
+                position = position.after(rows=spec.train.batch_rows)
+                # Waits for the step before this one, which stays in flight.
+                recorder.record(position, {**metrics, **data_metrics})
+                if saver.is_due(position.step):
+                    recorder.catch_up()
+                    saver.save(step.plain(*plan, state), position)
+                saver.accept_committed()
         saver.wait()
         beat()
         state = step.plain(*plan, state)
@@ -107,18 +109,41 @@ def check_process_group(spec: RunSpec) -> None:
         raise RuntimeError(f"cluster: accelerator is tpu, JAX found only {jax.default_backend()} on this host")
 
 
-def wait_for_rows(loader: Loader, last_row: int, recorder: Recorder, beat: Callable[[], None]) -> float:
-    """Waits, if it must, until the driver has built the global rows [0, last_row); returns the seconds waited."""
-    told: set[str] = set()
+class Batches:
+    """The batches of the coming steps, read ahead of them; groups that nobody has packed yet are rendered for it."""
 
-    def waits(missing: str) -> None:
-        beat()
-        if not told:
-            told.add(missing)
-            recorder.event("waits_for_data", missing=missing)
-            recorder.flush()
+    def __init__(self, spec: RunSpec, mesh: Mesh, loader: Loader, position: Position) -> None:
+        self._spec, self._mesh, self._loader = spec, mesh, loader
+        self._rendering: deque[str] = deque()  # groups, in words; from the thread that reads to the one that records
+        rows = spec.train.batch_rows
+        left = (spec.train.total_steps - position.step) * rows
+        self._coming = Prefetch(self._read, range(position.next_row, position.next_row + left, rows))
 
-    return loader.wait_for(last_row, timeout_s=DATA_TIMEOUT_S, on_wait=waits)
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._coming.__exit__(kind, error, trace)
+
+    def take(self, recorder: Recorder, beat: Callable[[], None]) -> tuple[dict[str, Array], dict[str, float]]:
+        """Returns the next step's batch; how long it was waited for, and how many groups had to be rendered."""
+
+        def tell() -> None:
+            while self._rendering:
+                beat()  # once a group: a read that hangs is found out
+                recorder.event("renders_data", missing=self._rendering.popleft())
+                recorder.flush()
+
+        (batch, rendered), data_wait_s = self._coming.take(tell)
+        tell()
+        return batch, {"data_wait_s": data_wait_s, "rendered_groups": rendered}
+
+    def _read(self, first_row: int) -> tuple[dict[str, Array], int]:
+        last_row = first_row + self._spec.train.batch_rows
+        rendered = self._loader.make_ready(last_row, self._rendering.append)
+        return global_batch(self._spec, self._mesh, self._loader, first_row=first_row), rendered
 
 
 def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -> dict[str, Array]:

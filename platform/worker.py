@@ -35,10 +35,14 @@ def work(config: dict[str, Any]) -> None:
     board.place.remote(rank, ray.get_runtime_context().get_node_id())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
-    gauges = StepGauges(spec, claim)
+    gauges, rendered_groups = StepGauges(spec, claim), 0
 
     def report(record: dict[str, Any]) -> None:
-        board.put.remote({key: record[key] for key in ("step", "loss", "step_s")})
+        nonlocal rendered_groups
+        rendered_groups += record["rendered_groups"]  # the driver sees the newest record, not every one
+        board.put.remote(
+            {**{key: record[key] for key in ("step", "loss", "step_s")}, "rendered_groups": rendered_groups}
+        )
         gauges.set(record)
 
     with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
@@ -72,6 +76,7 @@ class StepGauges:
         self._loss = gauge("loss", "Cross-entropy per loss-carrying token of the newest step, nats")
         self._grad_norm = gauge("grad_norm", "Norm of the newest step's gradients")
         self._tokens_per_s = gauge("tokens_per_s", "Tokens per second of the newest step, padding included")
+        self._data_wait_s = gauge("data_wait_s", "Seconds that the newest step waited for its rows")
         self._drop_fraction = gauge("drop_fraction", "Share of expert choices that found their expert full")
         self._expert_load = gauge(
             "expert_load", "Share of a layer's choices that asked for an expert", "layer", "expert"
@@ -85,6 +90,7 @@ class StepGauges:
         self._loss.set(record["loss"])
         self._grad_norm.set(record["grad_norm"])
         self._tokens_per_s.set(self._tokens / max(record["step_s"], 1e-9))
+        self._data_wait_s.set(record["data_wait_s"])
         if "expert_load" not in record:
             return  # a dense model
         self._drop_fraction.set(record["drop_fraction"])

@@ -1,5 +1,6 @@
 """What all tests share: a local Ray, a GCS emulator, a cache of compiled programs, eight virtual devices."""
 
+import json
 import os
 import re
 import shutil
@@ -68,6 +69,45 @@ def _wait_until_open(port, timeout_s=30):
                 return
         time.sleep(0.05)
     raise TimeoutError(f"nothing listens on port {port}")
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """Returns the manifest of a finished build, made without Ray: two sources, rows of 128 tokens; change nothing."""
+    from openmoe.pipelines import manifest as manifests
+    from openmoe.pipelines import passes, sources, token_cache, tokenizer
+    from openmoe.pipelines.config import DataConfig, SourceConfig
+
+    folder = tmp_path_factory.mktemp("small_data")
+    for name, count in (("wiki", 40), ("code", 10)):
+        texts = [
+            " ".join(f"number {100 * i + n} follows {100 * i + n - 1}" for n in range(20 + i)) for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = DataConfig(
+        **{"tokenizer": "builtin:small_8192", "seq_len": 128, "seed": 3, "unit_bytes": 8_000, "group_tokens": 4_000},
+        sources=tuple(
+            SourceConfig(name=name, format="redpajama", paths=(f"{folder}/{name}.jsonl",), weight=weight)
+            for name, weight in (("wiki", 3.0), ("code", 1.0))
+        ),
+    )
+    text = tokenizer.load(config.tokenizer)
+    units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
+    receipts = {
+        name: [token_cache.tokenize(unit, text, f"{folder}/data/tokens") for unit in of_source]
+        for name, of_source in units.items()
+    }
+    path = manifests.manifest_path(
+        f"{folder}/data", config, text, [u for of_source in units.values() for u in of_source]
+    )
+    manifests.commit(manifests.assemble(path, config, text, receipts))
+    built = passes.Passes(manifests.load(path))
+    while wanted := passes.lacking(built, 160):
+        for group in wanted:
+            passes.pack_group(built.manifest, *group)
+        built.refresh()
+    built.record()
+    return built.manifest
 
 
 @pytest.fixture(scope="session")

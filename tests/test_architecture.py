@@ -49,11 +49,11 @@ PURE = (
     "ledger",
 )  # fmt: skip
 FILES = (
-    "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "train_loop", "report", "data_summary",
-    "validate", "validate_data", "validate_memory", "facts", "tables", "home", "cluster_file", "instances", "wheel",
-    "job_store", "story_records", "controller_lock", "watchdog", "ablation_report", "dashboard.follow",
-    "dashboard.curves", "dashboard.incidents", "dashboard.views", "dashboard.watch", "dashboard.summary",
-    "ledger_data",
+    "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "prefetch", "train_loop", "report",
+    "data_summary", "validate", "validate_data", "validate_memory", "facts", "tables", "home", "cluster_file",
+    "instances", "wheel", "job_store", "story_records", "controller_lock", "watchdog", "ablation_report",
+    "dashboard.follow", "dashboard.curves", "dashboard.incidents", "dashboard.views", "dashboard.watch",
+    "dashboard.summary", "ledger_data",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 

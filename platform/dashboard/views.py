@@ -30,6 +30,8 @@ RECENT_STEPS = 50
 SPARK_POINTS = 80
 MAX_SENTENCES = 400
 COLUMNS = ("step", "time_s", "step_s", "text_loss", "drop_fraction", "grad_norm")
+# Events after which a run has a reason not to show a step.
+WAITS = {"waits_for_data": "waits for data", "renders_data": "is ahead of its data and renders it"}
 CURVES = ("text_loss", "tokens_per_s", "drop_fraction", "grad_norm")
 
 
@@ -189,8 +191,8 @@ def _state(run: RunFollower, now_s: float) -> tuple[RunState, str]:
     steps = run.steps.get(newest)
     pace_s = float(np.median(steps.get("step_s", slice(-RECENT_STEPS, None)))) if steps else 0.0
     event = run.events[-1] if run.events else {}
-    waits = event.get("event") == "waits_for_data" and not (steps and steps.at("time_s", -1) > event["time_s"])
-    waiting = f"waits for data: {event.get('missing')}" if waits else ""
+    doing = WAITS.get(str(event.get("event"))) if not (steps and steps.at("time_s", -1) > event["time_s"]) else None
+    waiting = f"{doing}: {event.get('missing')}" if doing else ""
     if now_s - _last_sign(run) > max(SILENT_AFTER_S, SILENT_AFTER_STEPS * pace_s):
         safe = run.checkpoint["step"] if run.checkpoint else 0
         before = f"{waiting}; since then " if waiting else ""

@@ -4,8 +4,6 @@ import hashlib
 import itertools
 import json
 import tempfile
-import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.pipelines import loader as loaders
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import passes, shards, sources, storage, token_cache, tokenizer
+from openmoe.pipelines import mixture, passes, shards, sources, storage, token_cache, tokenizer
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Group, Passes
 
 
 def words(start, count):
@@ -61,6 +58,10 @@ def tokenized(config, folder) -> manifests.Manifest:
 def pack(manifest, source, number):
     receipts = [passes.pack_group(manifest, source, number, g) for g in range(len(manifest.groups(source, number)))]
     passes.finish(manifest, source, number, receipts)
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def segments_of(manifest, source, number):
@@ -306,44 +307,90 @@ def test_a_token_cache_file_that_does_not_match_its_receipt_is_refused_in_one_li
     assert str(error.value) == f"{path}: damaged, it does not match its receipt; delete both and build again"
 
 
-def test_a_loader_waits_for_the_pass_that_is_missing_and_names_it(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders, "POLL_S", 0.05)
+def groups(source, number, count):
+    return [Group(source, number, group) for group in range(count)]
+
+
+def test_what_nobody_has_packed_is_rendered_when_it_is_read_to_the_same_bytes(corpus, tmp_path):
+    ahead, read = tokenized(config(corpus), tmp_path / "ahead"), tokenized(config(corpus), tmp_path / "read")
+    for each in ((0, 0), (1, 0), (1, 1)):
+        pack(ahead, *each)
+    pack(read, 1, 0)
+    loader, told = Loader(read.path), []
+    rows = 160
+    assert loader.num_rows == 0
+    assert loader.make_ready(rows, told.append) == 4
+    assert sorted(told) == ["group 0 of pass 0 of wiki", "group 0 of pass 1 of code"] + [
+        f"group {g} of pass 0 of wiki" for g in (1, 2)
+    ]
+    assert loader.make_ready(rows) == 0
+    assert tree(tmp_path / "read" / "passes") == tree(tmp_path / "ahead" / "passes")
+    assert loader.records(0, rows) == Loader(ahead.path).records(0, rows)
+
+
+def test_a_host_that_renders_takes_what_another_has_finished_in_between(corpus, tmp_path):
     manifest = tokenized(config(corpus), tmp_path / "data")
-    pack(manifest, 0, 0)
-    pack(manifest, 1, 0)
-    loader = Loader(manifest.path)
-    rows, missing = loader.num_rows, []
-    assert loader.wait_for(rows, timeout_s=0) == 0
-    with pytest.raises(DataError, match=rf"pass 1 of code \(global row {rows}\) was not built within 0\.1 s; the"):
-        loader.wait_for(rows + 1, timeout_s=0.1)
+    host, other = Loader(manifest.path), Loader(manifest.path)
+    rendered = []
+    # The group that this host has begun with is the only one that both do.
+    assert host.make_ready(150, lambda group: rendered.append(other.make_ready(150))) == 1
+    assert rendered == [5]
+    assert host.records(0, 150) == other.records(0, 150)
 
-    def build():
-        time.sleep(0.3)
-        pack(manifest, 1, 1)
 
-    builder = threading.Thread(target=build)
-    builder.start()
-    waited_s = loader.wait_for(rows + 5, timeout_s=60, on_wait=missing.append)
-    builder.join()
-    assert 0.2 < waited_s < 60
-    assert set(missing) == {f"pass 1 of code (global row {rows})"}
-    assert loader.rows(rows, rows + 5)["input_ids"].shape == (5, 128)
+def test_a_window_is_read_when_its_groups_are_packed_long_before_the_pass_is_finished(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "WINDOW_ROWS", 50)
+    whole, begun = tokenized(config(corpus), tmp_path / "whole"), tokenized(config(corpus), tmp_path / "begun")
+    for each in ((0, 0), (1, 0), (1, 1)):
+        pack(whole, *each)
+    pack(begun, 1, 0)
+    for group in (0, 2):
+        passes.pack_group(begun, 0, 0, group)
+    found = Passes(begun)
+    assert [g["rows"] for g in Passes(whole).groups[0][0]] == [63, 71, 34]
+    assert (found.rows(0), found.readable(0), found.readable(1)) == ([], [50], [22])
+    assert found.window_ends(0).tolist() == [50]
+    assert Passes(whole).window_ends(0).tolist() == [50, 100, 150, 168]
+    loader, reference = Loader(begun.path), Loader(whole.path)
+    rows = loader.num_rows
+    assert 50 <= rows < reference.num_rows
+    assert loader.records(0, rows) == reference.records(0, rows)
+
+
+def test_the_groups_of_the_next_window_come_first_and_sources_in_the_order_of_the_mixture(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(mixture, "WINDOW_ROWS", 50)
+    manifest = tokenized(config(corpus), tmp_path / "data")
+    found = Passes(manifest)
+    assert passes.coming(found, 0, 1000, ahead=0) == [*groups(0, 0, 1), *groups(1, 0, 1)]
+    for group in passes.coming(found, 0, 1000, ahead=0):
+        passes.pack_group(manifest, *group)
+    found.refresh()
+    # Row 50 of the one is read at global row 67, row 22 of the other, of which the mixture has a quarter, at 88.
+    assert (found.readable(0), found.readable(1)) == ([50], [22])
+    assert passes.coming(found, 0, 1000, ahead=0) == []
+    assert passes.coming(found, 0, 1000, ahead=1) == [Group(0, 0, 1), Group(1, 1, 0)]
+    assert passes.coming(found, 80, 1000, ahead=0) == [Group(0, 0, 1)]
+    assert passes.lacking(found, 150) == [Group(0, 0, 1), Group(1, 1, 0), Group(0, 0, 2)]
 
 
 def test_a_run_wants_of_each_source_the_pass_it_reads_and_the_one_after(corpus, tmp_path):
     manifest = tokenized(config(corpus), tmp_path / "data")
     finished = Passes(manifest)
     assert finished.epoch_rows() is None
-    assert passes.lacking(finished, 1000) == [(0, 0), (1, 0)]
-    assert passes.coming(finished, 0, 1000, ahead=0) == [(0, 0), (1, 0)]
+    first = [*groups(0, 0, 3), *groups(1, 0, 1)]
+    assert passes.lacking(finished, 1000) == first
+    assert passes.coming(finished, 0, 1000, ahead=0) == finished.first_passes() == first
     pack(manifest, 0, 0)
     pack(manifest, 1, 0)
     finished.refresh()
     assert (finished.rows(0), finished.rows(1), finished.epoch_rows()) == ([168], [22], 190)
+    assert finished.first_passes() == []
     assert passes.coming(finished, 0, 1000, ahead=0) == []
-    assert passes.coming(finished, 0, 1000, ahead=1) == [(0, 1), (1, 1)]
-    assert passes.coming(finished, 0, 190, ahead=1) == [(1, 1)]
+    assert passes.coming(finished, 0, 1000, ahead=1) == [*groups(1, 1, 1), *groups(0, 1, 3)]
+    assert passes.coming(finished, 0, 190, ahead=1) == groups(1, 1, 1)
     assert passes.coming(finished, 0, 80, ahead=1) == []
-    assert passes.coming(finished, 100, 190, ahead=0) == [(1, 1)]
-    assert passes.lacking(finished, 190) == [(1, 1), (1, 2)]
+    assert passes.coming(finished, 100, 190, ahead=0) == groups(1, 1, 1)
+    assert passes.lacking(finished, 190) == [*groups(1, 1, 1), *groups(1, 2, 1)]
     assert passes.lacking(finished, 80) == []

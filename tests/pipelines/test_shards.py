@@ -54,7 +54,9 @@ def test_a_record_of_another_version_is_refused():
 def write_one(path: str) -> dict:
     pieces = Pieces(*(np.asarray([value]) for value in (0, 0, 4, 2, 5)))
     row = Row(np.asarray([9, 1, 8, 1], np.uint32), pieces, np.asarray([2]), np.asarray([2]))
-    return shards.write(path, [row, row], np.asarray([[3, 6]]))
+    content, facts = shards.render([row, row], np.asarray([[3, 6]]))
+    Path(path).write_bytes(content)
+    return facts
 
 
 def test_a_shard_holds_its_rows_and_counts_them(tmp_path):

@@ -1,5 +1,4 @@
 import errno
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,21 +80,6 @@ def test_a_missing_file_is_one_clear_line(folder):
         storage.read_bytes(path)
     assert str(error.value).startswith(f"{path}: cannot be read: no such file")
     assert "\n" not in str(error.value)
-
-
-def test_a_local_copy_has_the_recorded_digest(folder, tmp_path):
-    path = storage.join(folder, "shard")
-    storage.write_durable(path, b"rows")
-    digest = hashlib.sha256(b"rows").hexdigest()
-    cache = str(tmp_path / "cache")
-    copy = storage.local_copy(path, cache, sha256=digest)
-    assert storage.read_bytes(copy) == b"rows"
-    storage.write_durable(copy, b"torn")
-    if storage.is_remote(path):
-        assert storage.read_bytes(storage.local_copy(path, cache, sha256=digest)) == b"rows"
-    storage.write_durable(path, b"torn")
-    with pytest.raises(StorageError, match="shard: damaged or replaced"):
-        storage.local_copy(path, str(tmp_path / "empty"), sha256=digest)
 
 
 def test_folders_are_listed_without_the_files_beside_them_and_what_is_deeper(folder):

@@ -116,3 +116,16 @@ def test_bad_input_found_by_a_worker_is_one_line_and_exit_code_2(attempt):
     assert (finished, exit_code) == (False, 2)
     assert said.count(line) == 2  # as the reason, and as evidence
     assert "Traceback" not in said
+
+
+def test_it_says_once_when_training_got_ahead_of_the_build(tmp_path, capsys):
+    with ProgressReport() as show:
+        tried = Attempt(spec.load("quickstart"), RunDir(str(tmp_path)), "manifest", show, tuple)
+        for step, rendered in ((1, 0), (2, 3), (3, 3), (4, 5)):
+            tried._show_newest({"step": step, "loss": 5.0, "step_s": 1.0, "rendered_groups": rendered})
+    said = [line for line in capsys.readouterr().err.splitlines() if "ahead" in line]
+    assert said == [
+        "training got ahead of the build: 3 group(s) of rows rendered on read so far",
+        "training got ahead of the build: 5 group(s) of rows rendered on read so far",
+    ]
+    assert tried.position_steps() == 4

@@ -65,6 +65,11 @@ def waiting(run):
     run.event("waits_for_data", missing="pass 1 of c4")
 
 
+def rendering(run):
+    training(run)
+    run.event("renders_data", missing="group 3 of pass 1 of c4")
+
+
 def gone_on(run):
     waiting(run)
     run.train(1)
@@ -105,6 +110,7 @@ def longer(run):
         (training, 121, "silent", "no sign of life; the same command goes on from the checkpoint of step 0"),
         (waiting, 5, "training", "waits for data: pass 1 of c4"),
         (waiting, 999, "silent", "waits for data: pass 1 of c4; since then no sign of life"),
+        (rendering, 5, "training", "is ahead of its data and renders it: group 3 of pass 1 of c4"),
         (gone_on, 5, "training", ""),
         (restarting, 5, "restarting", "host_fault 1 of 10: the process of rank 1 died"),
         (failed, 9999, "failed", "rank 0 raised: KeyError"),

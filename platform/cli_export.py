@@ -1,0 +1,69 @@
+"""`openmoe data export`: a run's rows for other trainers."""
+
+import re
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Format(StrEnum):
+    """Of the files."""
+
+    parquet = "parquet"
+    array_record = "array_record"
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run file, the name of a shipped one, or a manifest.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write, local or gs://; must be empty.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the run file.")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="array_record holds tf.Example, as MaxText and Grain read them.")
+    ] = Format.parquet,
+    rows: Annotated[
+        str | None, typer.Option(metavar="LO:HI", help="Global rows; all that are built when not given.")
+    ] = None,
+) -> None:
+    """Write a run's rows as Parquet or tf.Example ArrayRecord."""
+    from openmoe.pipelines import export as exports
+    from openmoe.pipelines.loader import Loader
+    from openmoe.platform import progress
+
+    loader = Loader(_manifest(run, overrides or []))
+    plan = exports.Plan(data_id=loader.data_id, format=form.value, rows=_rows(rows, loader.num_rows))
+    with progress.ProgressReport() as show:
+        receipt = exports.export(loader, directory.rstrip("/"), plan, show)
+    lo, hi = receipt["rows"]
+    print(f"{directory}: rows {lo} to {hi - 1} in {len(receipt['files'])} file(s), data {loader.data_id}")
+
+
+def _manifest(run: str, overrides: list[str]) -> str:
+    """Returns the path of the manifest that a run reads."""
+    if run.endswith(".json"):
+        return run
+    from openmoe.platform import spec
+
+    loaded = spec.load(run, overrides)
+
+    from openmoe.pipelines.config import DataError
+    from openmoe.platform import data_summary, spec_paths
+
+    loaded = spec_paths.with_absolute_paths(loaded)
+    found = data_summary.builds(loaded.data, loaded.data_dir)
+    if len(found) > 1:
+        paths = ", ".join(manifest.path for manifest in found)
+        raise DataError(f"{loaded.data_dir}: {len(found)} builds of these settings; name the manifest: {paths}")
+    return found[0].path
+
+
+def _rows(text: str | None, num_rows: int) -> tuple[int, int]:
+    from openmoe.pipelines.config import DataError
+
+    if text is None:
+        return 0, num_rows
+    if not (found := re.fullmatch(r"(\d*):(\d*)", text)):
+        raise DataError(f"--rows {text}: two numbers with a colon wanted, such as 0:{num_rows}")
+    return int(found[1] or 0), int(found[2] or num_rows)

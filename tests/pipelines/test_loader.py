@@ -1,0 +1,113 @@
+"""Which groups are wanted, whatever is packed already; and reading through a small cache."""
+
+import json
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openmoe.pipelines import mixture, passes, storage
+from openmoe.pipelines.loader import Loader
+from openmoe.pipelines.manifest import Manifest, SourceManifest
+from openmoe.pipelines.passes import Group, Passes
+
+
+def receipts_only(folder, tokens_of_units, weights) -> Manifest:
+    """A build whose groups are packed by writing receipts: what is wanted next depends on these alone."""
+    sources = [
+        SourceManifest(name=f"s{n}", weight=weight, units=[{"tokens": t} for t in units], passes=f"passes/s{n}")
+        for n, (units, weight) in enumerate(zip(tokens_of_units, weights, strict=True))
+    ]
+    return Manifest(
+        path=f"{folder}/manifests/x.json", data_id="", tokenizer="", tokenizer_fingerprint="", vocabulary=None,
+        seq_len=64, objective="ul2", seed=1, group_tokens=500, sources=sources,
+    )  # fmt: skip
+
+
+def pack(manifest, group, rows):
+    record = json.dumps({"group": group.group, "rows": rows}).encode()
+    folder = manifest.pass_folder(group.source, group.number)
+    storage.create_if_absent(storage.join(folder, f"{group.group:05d}.json"), record)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens_of_units=st.lists(st.lists(st.integers(10, 900), min_size=1, max_size=8), min_size=1, max_size=3),
+    window_rows=st.sampled_from([5, 16, 1000]),
+    num_rows=st.integers(1, 150),
+    share=st.floats(0.6, 2.0),
+    packed=st.sets(st.builds(Group, st.integers(0, 2), st.integers(0, 2), st.integers(0, 4))),
+)
+def test_whatever_is_packed_what_is_lacking_makes_the_rows_readable_and_is_asked_for_once(
+    tokens_of_units, window_rows, num_rows, share, packed
+):
+    def pack_it(group):
+        cut = manifest.groups(group.source, group.number)
+        if group.group < len(cut):
+            tokens = sum(manifest.sources[group.source].units[unit]["tokens"] for unit in cut[group.group])
+            pack(manifest, group, max(1, round(tokens * share / 64)))  # rows of 64: more than are filled, or fewer
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(mixture, "WINDOW_ROWS", window_rows):
+        sources = range(len(tokens_of_units))
+        manifest = receipts_only(folder, tokens_of_units, [1.0 + n for n in sources])
+        for group in packed:
+            if group.source in sources:
+                pack_it(group)
+        built, asked = Passes(manifest), []
+        while wanted := passes.lacking(built, num_rows):
+            assert not passes.covers(built, num_rows)
+            new = passes.unpacked(manifest, wanted)
+            assert len(set(wanted)) == len(wanted)
+            for group in new:
+                pack_it(group)
+            asked += new
+            before = built.total_rows()
+            built.refresh()
+            assert new or (built.total_rows() > before).any()
+        assert len(set(asked)) == len(asked)
+        assert passes.covers(built, num_rows)
+        assert manifest.mixture.rows_available(built.total_rows()) >= num_rows
+
+
+def test_a_pass_that_proves_longer_than_the_last_is_packed_to_its_end_before_the_next_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "WINDOW_ROWS", 5)
+    manifest = receipts_only(tmp_path, [[500, 500, 500]], [1.0])
+    for group, rows in ((Group(0, 0, 0), 2), (Group(0, 0, 1), 2), (Group(0, 0, 2), 2), (Group(0, 1, 0), 20)):
+        pack(manifest, group, rows)
+    built = Passes(manifest)
+    assert (built.rows(0), built.readable(0)) == ([6], [6, 20])
+    assert passes.coming(built, 25, 1000, ahead=0) == []
+    assert passes.coming(built, 26, 1000, ahead=0) == [Group(0, 1, 1)]
+    assert passes.lacking(built, 500) == [Group(0, 1, 1), Group(0, 1, 2)]
+
+
+@pytest.fixture
+def on_gs(small_data, gcs, tmp_path):
+    """The path of the manifest of a copy of the build on gs://."""
+    for path in Path(small_data.data_dir).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(small_data.data_dir).as_posix()
+            storage.write_durable(storage.join(gcs, tmp_path.name, name), path.read_bytes())
+    return storage.join(gcs, tmp_path.name, "manifests", Path(small_data.path).name)
+
+
+def test_a_build_on_gs_is_read_through_a_cache_that_is_smaller(small_data, on_gs, tmp_path):
+    shards = [receipt["bytes"] for source in Passes(small_data).groups for groups in source for receipt in groups]
+    cache_bytes = sum(shards) // 2
+    assert cache_bytes > max(shards)
+    loader, reference = Loader(on_gs, cache_dir=str(tmp_path), cache_bytes=cache_bytes), Loader(small_data.path)
+    for lo in range(0, 160, 20):
+        assert loader.records(lo, lo + 20) == reference.records(lo, lo + 20)
+        kept = sum(path.stat().st_size for path in tmp_path.iterdir() if not path.name.startswith("."))
+        assert 0 < kept <= cache_bytes
+
+
+def test_what_is_missing_on_gs_is_rendered_to_the_same_rows(small_data, on_gs, tmp_path):
+    loader = Loader(on_gs, cache_dir=str(tmp_path))
+    wanted = loader.num_rows + 5
+    assert loader.make_ready(wanted) == 1
+    assert Loader(on_gs, cache_dir=str(tmp_path)).num_rows >= wanted
+    assert loader.rows(wanted - 5, wanted)["input_ids"].shape == (5, 128)
