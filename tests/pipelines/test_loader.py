@@ -11,25 +11,26 @@ from hypothesis import strategies as st
 
 from openmoe.pipelines import mixture, passes, storage
 from openmoe.pipelines.loader import Loader
-from openmoe.pipelines.manifest import Manifest, SourceManifest
+from openmoe.pipelines.manifest import Manifest, SourceManifest, StreamManifest
 from openmoe.pipelines.passes import Group, Passes
 
 
 def receipts_only(folder, tokens_of_units, weights) -> Manifest:
     """A build whose groups are packed by writing receipts: what is wanted next depends on these alone."""
     sources = [
-        SourceManifest(name=f"s{n}", weight=weight, units=[{"tokens": t} for t in units], passes=f"passes/s{n}")
+        SourceManifest(name=f"s{n}", weight=weight, units=[{"tokens": t} for t in units])
         for n, (units, weight) in enumerate(zip(tokens_of_units, weights, strict=True))
     ]
+    streams = [StreamManifest(source=n, objective="ul2", passes=f"passes/s{n}") for n in range(len(sources))]
     return Manifest(
         path=f"{folder}/manifests/x.json", data_id="", tokenizer="", tokenizer_fingerprint="", vocabulary=None,
-        seq_len=64, objective="ul2", seed=1, group_tokens=500, sources=sources,
+        seq_len=64, objective="ul2", seed=1, group_tokens=500, sources=sources, streams=streams,
     )  # fmt: skip
 
 
 def pack(manifest, group, rows):
     record = json.dumps({"group": group.group, "rows": rows}).encode()
-    folder = manifest.pass_folder(group.source, group.number)
+    folder = manifest.pass_folder(group.stream, group.number)
     storage.create_if_absent(storage.join(folder, f"{group.group:05d}.json"), record)
 
 
@@ -45,16 +46,16 @@ def test_whatever_is_packed_what_is_lacking_makes_the_rows_readable_and_is_asked
     tokens_of_units, window_rows, num_rows, share, packed
 ):
     def pack_it(group):
-        cut = manifest.groups(group.source, group.number)
+        cut = manifest.groups(group.stream, group.number)
         if group.group < len(cut):
-            tokens = sum(manifest.sources[group.source].units[unit]["tokens"] for unit in cut[group.group])
+            tokens = sum(manifest.sources[group.stream].units[unit]["tokens"] for unit in cut[group.group])
             pack(manifest, group, max(1, round(tokens * share / 64)))  # rows of 64: more than are filled, or fewer
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(mixture, "WINDOW_ROWS", window_rows):
         sources = range(len(tokens_of_units))
         manifest = receipts_only(folder, tokens_of_units, [1.0 + n for n in sources])
         for group in packed:
-            if group.source in sources:
+            if group.stream in sources:
                 pack_it(group)
         built, asked = Passes(manifest), []
         while wanted := passes.lacking(built, num_rows):

@@ -145,9 +145,9 @@ def test_a_selection_changes_the_data_and_none_leaves_it_as_it_was(tmp_path):
     plain = manifests.assemble(path, config, TEXT, receipts)
     other = manifests.assemble(path, config, TEXT, selected(tmp_path, receipts))
     assert plain.data_id != other.data_id
-    assert plain.sources[0].passes != other.sources[0].passes
+    assert plain.streams[0].passes != other.streams[0].passes
     assert plain.data_id == "bb476327ee95d28a31323cdcb038cfb5"
-    assert plain.sources[0].passes == "passes/a-de9aee339ff31a1d"
+    assert plain.streams[0].passes == "passes/a-de9aee339ff31a1d"
 
 
 def test_a_damaged_split_is_refused_in_one_line(tmp_path):
