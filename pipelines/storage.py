@@ -90,14 +90,6 @@ def read_range(path: str, start: int, stop: int) -> bytes:
             return file.read(stop - start)
 
 
-def read_checked(path: str, *, sha256: str) -> bytes:
-    """Returns the whole content, proven by its digest."""
-    data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise StorageError(f"{path}: damaged, it does not match its receipt; delete both and build again")
-    return data
-
-
 @contextlib.contextmanager
 def open_read(path: str) -> Generator[BinaryIO]:
     """Opens a file for reading and seeking; failures while it is read are explained too."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, selection, shards, sources, storage, token_cache, tokenizer
-from openmoe.pipelines.config import DataConfig, SourceConfig
+from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 
 TEXT = tokenizer.load("builtin:small_8192")
 TRAIN, VALIDATION, DUPLICATE = selection.TRAIN, selection.VALIDATION, selection.DUPLICATE
@@ -154,5 +154,5 @@ def test_a_damaged_split_is_refused_in_one_line(tmp_path):
     config = written(tmp_path, {"a": ["one two", "three four"]})
     receipts = selected(tmp_path, tokenized(config, tmp_path))
     (tmp_path / receipts["a"][0]["split"]["path"]).write_bytes(b"\1\1")
-    with pytest.raises(storage.StorageError, match=r"\.split: damaged, it does not match its receipt; delete both"):
+    with pytest.raises(DataError, match=r"\.split: damaged, it does not match its receipt; delete both"):
         selection.read(str(tmp_path), receipts["a"][0])
