@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import packing, selection, shards, storage, token_cache, ul2
+from openmoe.pipelines.config import DataError
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.permute import Permutation
 
@@ -105,28 +106,57 @@ def pack_group(manifest: Manifest, source: int, number: int, group: int) -> dict
     """
     units = manifest.groups(source, number)[group]
     key = (manifest.seed, manifest.sources[source].name, number, group)
-    tokens, lengths, origin = _shuffled(manifest, source, units, *key)
-    rows = packing.rows(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key)
     name = storage.join(manifest.pass_folder(source, number), f"{group:05d}")
-    facts = shards.write(f"{name}.array_record", rows, origin)
-    receipt = {"source": source, "number": number, "group": group, "units": units, **facts}
+    return _pack(manifest, name, {"source": source, "number": number, "group": group, "units": units}, *key)
+
+
+def pack_validation(manifest: Manifest, source: int) -> dict[str, Any]:
+    """Packs what was kept apart of a source as a pass is packed, into one shard, and returns its receipt.
+
+    It lies beside the passes and is none of them: no global row reads it. Its receipt is written last.
+    """
+    units = [i for i, unit in enumerate(manifest.sources[source].units) if selection.count(unit, "validation")]
+    if not units:
+        raise DataError(
+            f"sources.{manifest.sources[source].name}: no document is for validation; raise validation_share"
+        )
+    key = (manifest.seed, manifest.sources[source].name, "validation")
+    name = storage.join(manifest.data_dir, manifest.sources[source].passes, "validation", "00000")
+    return _pack(manifest, name, {"source": source, "units": units}, *key, part=selection.VALIDATION)
+
+
+def _pack(
+    manifest: Manifest, name: str, facts: dict[str, Any], *key: int | str, part: int = selection.TRAIN
+) -> dict[str, Any]:
+    """Writes the shard of a part of units, and its receipt, which begins with these facts."""
+    tokens, lengths, origin = _shuffled(manifest, facts["source"], facts["units"], *key, part=part)
+    rows = packing.rows(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key)
+    receipt = {**facts, **shards.write(f"{name}.array_record", rows, origin)}
     storage.create_if_absent(f"{name}.json", json.dumps(receipt).encode())
     return receipt
 
 
 def _shuffled(
-    manifest: Manifest, source: int, units: list[int], *key: int | str
+    manifest: Manifest, source: int, units: list[int], *key: int | str, part: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns a group's documents in shuffled order: tokens, lengths, and (unit, document) of each."""
-    folder = storage.join(manifest.data_dir, "tokens")
-    receipts = [manifest.sources[source].units[unit] for unit in units]
-    parts = [token_cache.read(folder, r["key"], sha256=r["sha256"]) for r in receipts]
-    tokens = np.concatenate([part.tokens for part in parts])
-    lengths = np.concatenate([part.lengths for part in parts])
-    counts = [len(part.lengths) for part in parts]
-    origin = np.stack([np.repeat(units, counts), np.concatenate([np.arange(n) for n in counts])], axis=1)
-    starts = np.cumsum(lengths) - lengths
-    wanted = np.concatenate([selection.read(manifest.data_dir, r) for r in receipts]) == selection.TRAIN
-    starts, lengths, origin = starts[wanted], lengths[wanted], origin[wanted]
+    """Returns a part of units' documents in shuffled order: tokens, lengths, and (unit, document) of each."""
+    found = [_documents(manifest, manifest.sources[source].units[unit], part) for unit in units]
+    tokens = np.concatenate([own.tokens for own, _ in found])
+    lengths = np.concatenate([own.lengths for own, _ in found])
+    numbers = np.concatenate([documents for _, documents in found])
+    origin = np.stack([np.repeat(units, [len(documents) for _, documents in found]), numbers], axis=1)
     order = Permutation(len(lengths), "documents", *key)(np.arange(len(lengths)))
+    starts = np.cumsum(lengths) - lengths
     return tokens[ul2.ranges(starts[order], lengths[order])], lengths[order], origin[order]
+
+
+def _documents(manifest: Manifest, receipt: dict[str, Any], part: int) -> tuple[token_cache.Tokens, np.ndarray]:
+    """Returns the documents of a unit that belong to a part, and their numbers in it."""
+    folder = storage.join(manifest.data_dir, "tokens")
+    own = token_cache.read(folder, receipt["key"], sha256=receipt["sha256"])
+    numbers = np.flatnonzero(selection.read(manifest.data_dir, receipt) == part)
+    if len(numbers) == len(own.lengths):
+        return own, numbers
+    starts = np.cumsum(own.lengths) - own.lengths
+    tokens = own.tokens[ul2.ranges(starts[numbers], own.lengths[numbers])]
+    return token_cache.Tokens(tokens, own.lengths[numbers]), numbers
