@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openmoe.pipelines import mixture, objectives, selection, shards, storage, token_cache, ul2
+from openmoe.pipelines.config import DataError
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.permute import Permutation
 
@@ -265,25 +266,56 @@ def render_group(manifest: Manifest, stream: int, number: int, group: int) -> sh
       group: of the pass.
     """
     units = manifest.groups(stream, number)[group]
-    key = (manifest.seed, manifest.stream_key(stream), number, group)
-    tokens, lengths, origin = _shuffled(manifest, stream, units, *key)
+    return _render(manifest, stream, units, manifest.seed, manifest.stream_key(stream), number, group)
+
+
+def pack_validation(manifest: Manifest, stream: int) -> dict[str, Any]:
+    """Packs what was kept apart of a stream's source as a pass is packed, into one shard, and returns its receipt.
+
+    It lies beside the passes and is none of them: no global row reads it. Its receipt is written last.
+    """
+    source = manifest.source_of(stream)
+    units = [index for index, unit in enumerate(source.units) if selection.count(unit, "validation")]
+    if not units:
+        raise DataError(f"sources.{source.name}: no document is for validation; raise validation_share")
+    key = (manifest.seed, manifest.stream_key(stream), "validation")
+    content, facts = _render(manifest, stream, units, *key, part=selection.VALIDATION)
+    name = storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation", "00000")
+    storage.write_durable(f"{name}.array_record", content)
+    receipt = {"stream": stream, "units": units, **facts}
+    storage.create_if_absent(f"{name}.json", json.dumps(receipt).encode())
+    return receipt
+
+
+def _render(
+    manifest: Manifest, stream: int, units: list[int], *key: int | str, part: int = selection.TRAIN
+) -> shards.Rendered:
+    tokens, lengths, origin = _shuffled(manifest, stream, units, *key, part=part)
     pack = objectives.packer(manifest.streams[stream].objective, manifest.packing)
     return shards.render(pack(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key), origin)
 
 
 def _shuffled(
-    manifest: Manifest, stream: int, units: list[int], *key: int | str
+    manifest: Manifest, stream: int, units: list[int], *key: int | str, part: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns a group's documents in shuffled order: tokens, lengths, and (unit, document) of each."""
-    folder = storage.join(manifest.data_dir, "tokens")
-    receipts = [manifest.source_of(stream).units[unit] for unit in units]
-    parts = [token_cache.read(folder, r["key"], sha256=r["sha256"]) for r in receipts]
-    tokens = np.concatenate([part.tokens for part in parts])
-    lengths = np.concatenate([part.lengths for part in parts])
-    counts = [len(part.lengths) for part in parts]
-    origin = np.stack([np.repeat(units, counts), np.concatenate([np.arange(n) for n in counts])], axis=1)
-    starts = np.cumsum(lengths) - lengths
-    wanted = np.concatenate([selection.read(manifest.data_dir, r) for r in receipts]) == selection.TRAIN
-    starts, lengths, origin = starts[wanted], lengths[wanted], origin[wanted]
+    """Returns a part of units' documents in shuffled order: tokens, lengths, and (unit, document) of each."""
+    found = [_documents(manifest, manifest.source_of(stream).units[unit], part) for unit in units]
+    tokens = np.concatenate([own.tokens for own, _ in found])
+    lengths = np.concatenate([own.lengths for own, _ in found])
+    numbers = np.concatenate([documents for _, documents in found])
+    origin = np.stack([np.repeat(units, [len(documents) for _, documents in found]), numbers], axis=1)
     order = Permutation(len(lengths), "documents", *key)(np.arange(len(lengths)))
+    starts = np.cumsum(lengths) - lengths
     return tokens[ul2.ranges(starts[order], lengths[order])], lengths[order], origin[order]
+
+
+def _documents(manifest: Manifest, receipt: dict[str, Any], part: int) -> tuple[token_cache.Tokens, np.ndarray]:
+    """Returns the documents of a unit that belong to a part, and their numbers in it."""
+    folder = storage.join(manifest.data_dir, "tokens")
+    own = token_cache.read(folder, receipt["key"], sha256=receipt["sha256"])
+    numbers = np.flatnonzero(selection.read(manifest.data_dir, receipt) == part)
+    if len(numbers) == len(own.lengths):
+        return own, numbers
+    starts = np.cumsum(own.lengths) - own.lengths
+    tokens = own.tokens[ul2.ranges(starts[numbers], own.lengths[numbers])]
+    return token_cache.Tokens(tokens, own.lengths[numbers]), numbers

@@ -124,7 +124,7 @@ def read(data_dir: str, receipt: dict[str, Any]) -> np.ndarray:
     if "split" not in receipt:
         return np.full(receipt["documents"], TRAIN, np.uint8)
     path = storage.join(data_dir, receipt["split"]["path"])
-    return np.frombuffer(storage.read_checked(path, sha256=receipt["split"]["sha256"]), np.uint8)
+    return np.frombuffer(token_cache.read_checked(path, sha256=receipt["split"]["sha256"]), np.uint8)
 
 
 def count(receipt: dict[str, Any], part: str) -> int:

@@ -11,7 +11,6 @@ import errno
 import fnmatch
 import functools
 import glob as local_glob
-import hashlib
 import io
 import os
 import secrets
@@ -88,14 +87,6 @@ def read_range(path: str, start: int, stop: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(stop - start)
-
-
-def read_checked(path: str, *, sha256: str) -> bytes:
-    """Returns the whole content, proven by its digest."""
-    data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise StorageError(f"{path}: damaged, it does not match its receipt; delete both and build again")
-    return data
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Returns the ids of each text, uint32[tokens], with nothing added."""
-        return [ids.astype(np.uint32) for ids in self._processor.encode(texts, out_type="numpy")]
+        return [ids.view(np.uint32) for ids in self._processor.encode(texts, out_type="numpy")]
 
     def decode(self, ids: np.ndarray | list[int], num_sentinels: int = 0) -> str:
         """Returns the text of `ids`; sentinels appear as `<extra_id_0>` and so on."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, selection, shards, sources, storage, token_cache, tokenizer
-from openmoe.pipelines.config import DataConfig, SourceConfig
+from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 
 TEXT = tokenizer.load("builtin:small_8192")
 TRAIN, VALIDATION, DUPLICATE = selection.TRAIN, selection.VALIDATION, selection.DUPLICATE
@@ -135,6 +135,15 @@ def test_what_is_left_out_is_in_no_row_and_all_else_is_in_a_pass_once(tmp_path):
         kept = {(u, d): n for (u, d, n), part in zip(every, parts[name], strict=True) if part == TRAIN}
         assert packed == kept
         assert 0 < len(kept) < len(every)
+        apart = {(u, d): n for (u, d, n), part in zip(every, parts[name], strict=True) if part == VALIDATION}
+        receipt = passes.pack_validation(manifest, source)
+        file = storage.join(str(tmp_path), manifest.sources[source].passes, "validation", "00000.array_record")
+        records = shards.Shard(file, sha256=receipt["sha256"], cache_dir="").read(list(range(receipt["rows"])))
+        held: dict[tuple[int, int], int] = {}
+        for segment in (segment for record in records for segment in shards.decode(record)[1]):
+            where = int(segment["unit"]), int(segment["document"])
+            held[where] = held.get(where, 0) + int(segment["length"])
+        assert held == apart
     assert {part for of_source in parts.values() for part in of_source} == {TRAIN, VALIDATION, DUPLICATE}
 
 
@@ -148,11 +157,13 @@ def test_a_selection_changes_the_data_and_none_leaves_it_as_it_was(tmp_path):
     assert plain.streams[0].passes != other.streams[0].passes
     assert plain.data_id == "bb476327ee95d28a31323cdcb038cfb5"
     assert plain.streams[0].passes == "passes/a-de9aee339ff31a1d"
+    with pytest.raises(DataError, match=r"sources\.a: no document is for validation; raise validation_share"):
+        passes.pack_validation(plain, 0)
 
 
 def test_a_damaged_split_is_refused_in_one_line(tmp_path):
     config = written(tmp_path, {"a": ["one two", "three four"]})
     receipts = selected(tmp_path, tokenized(config, tmp_path))
     (tmp_path / receipts["a"][0]["split"]["path"]).write_bytes(b"\1\1")
-    with pytest.raises(storage.StorageError, match=r"\.split: damaged, it does not match its receipt; delete both"):
+    with pytest.raises(DataError, match=r"\.split: damaged, it does not match its receipt; delete both"):
         selection.read(str(tmp_path), receipts["a"][0])
