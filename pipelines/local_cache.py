@@ -11,6 +11,7 @@ when it is old.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -43,12 +44,13 @@ def hold(path: str, folder: str, *, sha256: str, max_bytes: int) -> BinaryIO:
         _check(path, storage.read_bytes(path), sha256)
         return Path(path).open("rb")
     local = Path(folder) / f"{sha256}-{path.rpartition('/')[2]}"
-    for _ in range(TRIES):
+    num_damaged = 0
+    while num_damaged < TRIES:
         with _one_download(Path(folder), sha256):
             if not local.exists():
                 content = storage.read_bytes(path)
                 _check(path, content, sha256)
-                storage.write_durable(str(local), content)
+                _write(local, content)
             held = _held(local)
         if held is None:
             continue  # removed by another process in between
@@ -58,7 +60,19 @@ def hold(path: str, folder: str, *, sha256: str, max_bytes: int) -> BinaryIO:
             return held
         held.close()
         local.unlink(missing_ok=True)
+        num_damaged += 1
     raise StorageError(f"{local}: damaged as soon as it is written; check the disk, or choose another folder")
+
+
+def _write(local: Path, content: bytes) -> None:
+    """Writes a shard; on a disk that is full before `max_bytes` are reached, what nobody holds makes room for it."""
+    try:
+        storage.write_durable(str(local), content)
+    except StorageError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.ENOSPC:
+            raise
+        _trim(local.parent, 0)
+        storage.write_durable(str(local), content)
 
 
 def _check(path: str, content: bytes, sha256: str) -> None:

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 AHEAD = 2  # batches read before they are asked for: one that is wanted next, one that is being read
 TELL_EVERY_S = 0.5
+THREAD_NAME = "prefetch"
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Prefetch(Generic[T]):
     def __init__(self, read: Callable[[int], T], numbers: Iterable[int]) -> None:
         """Takes the function, which is called by one thread at a time, and its arguments, in order."""
         self._read, self._numbers = read, iter(numbers)
-        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
         self._coming = deque(self._pool.submit(read, number) for number in islice(self._numbers, AHEAD))
 
     def __enter__(self) -> Prefetch[T]:

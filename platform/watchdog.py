@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from types import TracebackType
 
+from openmoe.platform import prefetch
+
 EXIT_CODE = 70
 
 
@@ -55,9 +57,18 @@ class Watchdog:
         while (left_s := self._beat_s + self._timeout_s - time.monotonic()) > 0:
             if self._stop.wait(left_s):
                 return
-        frame = sys._current_frames()[self._watched]
-        stack = "".join(traceback.format_stack(frame))
+        stack = self._stack()
         with contextlib.suppress(Exception):
             faulthandler.dump_traceback(all_threads=True)  # to the worker's log
             self._tell(f"{stack}stuck here: no step for {self._timeout_s:g} s")
         self._end()
+
+    def _stack(self) -> str:
+        """Returns where the watched thread stands; where it waits for what is read ahead, where the reader stands."""
+        frames = sys._current_frames()
+        stack = "".join(traceback.format_stack(frames[self._watched]))
+        if prefetch.__file__ not in stack:
+            return stack
+        readers = [thread.ident for thread in threading.enumerate() if thread.name.startswith(prefetch.THREAD_NAME)]
+        reading = ["".join(traceback.format_stack(frames[ident])) for ident in readers if ident in frames]
+        return f"{stack}which waits for\n{''.join(reading)}"

@@ -131,3 +131,20 @@ def test_a_folder_that_cannot_be_used_is_one_line(remote, tmp_path):
     (tmp_path / "cache").write_bytes(b"a file")
     with pytest.raises(StorageError, match=r"cache: cannot keep shards: .*; make it writable"):
         hold(remote(1), tmp_path / "cache")
+
+
+def test_on_a_disk_that_is_full_before_the_cache_is_what_nobody_holds_makes_room(remote, folder, mount_disk):
+    folder.mkdir()
+    mount_disk(folder, "16k")
+    filler = folder / ".filler"
+    filler.write_bytes(bytes(4096))
+    for number in range(4):
+        hold(remote(number), folder, max_bytes=10**9).close()
+    assert 3 in kept(folder)
+    with hold(remote(3), folder):
+        for shard in set(folder.glob("*.array_record")) - set(folder.glob("*00003.array_record")):
+            shard.unlink()
+        filler.write_bytes(bytes(3 * 4096))
+        with pytest.raises(StorageError, match="the disk is full; free some space"):
+            hold(remote(5), folder, max_bytes=10**9)
+    assert kept(folder) == [3]
