@@ -309,8 +309,8 @@ def test_reading_ahead_changes_no_answer(data, monkeypatch):
         assert compare(ledger.trained("", Position(1, lo + 8), lo, [sums[0], 0])) is not None
 
 
-def test_a_run_without_a_ledger_says_so(train, tmp_path):
-    run = train("a", "train.steps=2")
-    shutil.rmtree(run.at("ledger"))
+def test_a_run_without_a_ledger_says_so(tmp_path):
+    run = RunDir(f"{tmp_path}/a")
+    run.create(spec.load("quickstart", [*SMALL, f"run_dir={run.path}"]))
     with pytest.raises(RunDirError, match="has no ledger: a version that kept none trained it"):
         CliRunner().invoke(cli.app, ["ledger", "verify", run.path], catch_exceptions=False)
