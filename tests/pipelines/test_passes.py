@@ -303,7 +303,7 @@ def test_a_token_cache_file_that_does_not_match_its_receipt_is_refused_in_one_li
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(storage.StorageError) as error:
+    with pytest.raises(DataError) as error:
         pack(manifest, 0, 0)
     assert str(error.value) == f"{path}: damaged, it does not match its receipt; delete both and build again"
 

@@ -137,7 +137,7 @@ def test_what_is_left_out_is_in_no_row_and_all_else_is_in_a_pass_once(tmp_path):
         assert 0 < len(kept) < len(every)
         apart = {(u, d): n for (u, d, n), part in zip(every, parts[name], strict=True) if part == VALIDATION}
         receipt = passes.pack_validation(manifest, source)
-        file = storage.join(str(tmp_path), manifest.sources[source].passes, "validation", "00000.array_record")
+        file = storage.join(str(tmp_path), manifest.streams[source].passes, "validation", "00000.array_record")
         records = shards.Shard(file, sha256=receipt["sha256"], cache_dir="").read(list(range(receipt["rows"])))
         held: dict[tuple[int, int], int] = {}
         for segment in (segment for record in records for segment in shards.decode(record)[1]):
