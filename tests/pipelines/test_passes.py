@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import mixture, passes, shards, sources, storage, token_cache, tokenizer
-from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
+from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Group, Passes
 
