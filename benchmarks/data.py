@@ -204,8 +204,8 @@ def _largest(manifest: manifests.Manifest, folder: str) -> tuple[shards.Shard, i
     """Returns the shard of a build's first passes with the most rows, and these."""
     found = []
     for stream in range(len(manifest.streams)):
-        for group, receipt in passes.packed_groups(manifest, stream, 0).items():
-            path = f"{manifest.pass_folder(stream, 0)}/{group:05d}.array_record"
+        for receipt in passes.Passes(manifest).receipts(stream)[0]:
+            path = passes.shard_path(manifest, stream, 0, receipt["group"])
             found.append((receipt["rows"], path, receipt["sha256"]))
     rows, path, sha256 = max(found)
     return shards.Shard(path, sha256=sha256, cache_dir=folder), rows

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.pipelines import objectives, packing, reference, shards, ul2
+from openmoe.pipelines import objectives, packing, reference, shards, storage, ul2
 from openmoe.pipelines.packing import Pieces, Row
 from openmoe.pipelines.tokenizer import Vocabulary
 
@@ -57,9 +57,15 @@ def test_every_token_is_a_target_once_and_all_rows_but_the_last_are_full(lengths
     assert sum(int(row.pieces.length.sum()) for row in rows) == len(tokens)
 
 
+def write(path, rows, origin):
+    content, facts = shards.render(rows, origin)
+    storage.write_durable(path, content)
+    return facts
+
+
 def test_a_trainer_sees_each_document_of_a_next_token_row_as_a_segment_with_loss_on_all_of_it(tmp_path):
     path = str(tmp_path / "shard")
-    facts = shards.write(path, next_token(3, 5, 2, seq_len=5), np.asarray([[0, 0], [0, 1], [4, 7]]))
+    facts = write(path, next_token(3, 5, 2, seq_len=5), np.asarray([[0, 0], [0, 1], [4, 7]]))
     assert facts["pieces"] == {"next_token": 4}
     assert (facts["rows"], facts["slots_used"], facts["loss_slots"], facts["raw_tokens"]) == (3, 13, 13, 10)
     records = shards.Shard(path, sha256=facts["sha256"], cache_dir="").read([0, 2])
@@ -116,7 +122,7 @@ def test_a_segment_that_runs_over_several_documents_is_one_segment_to_a_trainer(
     pieces = Pieces(*(np.asarray(column) for column in ([0] * 4, [0, 1, 2, 2], [1, 0, 0, 3], [2, 3, 1, 2], [5] * 4)))
     row = Row(np.arange(20, 30, dtype=np.uint32), pieces, np.asarray([3, 0, 1, 0]), np.asarray([4, 0, 2, 0]))
     path = str(tmp_path / "shard")
-    facts = shards.write(path, [row], np.asarray([[0, 0], [0, 1], [3, 9]]))
+    facts = write(path, [row], np.asarray([[0, 0], [0, 1], [3, 9]]))
     assert (facts["raw_tokens"], facts["loss_slots"], facts["pieces"]["S"]) == (8, 6, 2)
     records = shards.Shard(path, sha256=facts["sha256"], cache_dir="").read([0])
     batch = shards.batch(records, 10)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.pipelines import passes, shards, ul2
+from openmoe.pipelines import packing, passes, shards
 
 PAGE = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
 
@@ -40,5 +40,5 @@ def test_the_page_names_what_receipts_and_segments_hold(shard):
     _, receipt = shard
     assert [name for name in receipt if f"`{name}`" not in PAGE] == []
     assert f"    7 x u32  segment[segments]          {', '.join(shards.SEGMENT.names)}" in PAGE
-    assert f"counts {', '.join(denoiser.name for denoiser in ul2.DENOISERS)} from 0" in PAGE
+    assert f"counts {', '.join(packing.KINDS)} from 0" in PAGE
     assert f"u8   version, {shards.VERSION}\n" in PAGE
