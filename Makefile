@@ -16,7 +16,7 @@ quickstart: $(READY)
 	$(BIN)/openmoe quickstart
 
 test: $(READY)
-	$(PYTEST) -m "not faults" --ignore=tests/tpu --ignore=tests/interop $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not faults" --ignore=tests/tpu --ignore=tests/interop $(ARGS)
 
 # Compiled by the TPU's own compiler, libtpu, which needs no TPU for that (Linux; 3 minutes).
 test-tpu: .venv-tpu/.ready

@@ -6,8 +6,8 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 # The mixture is exact in every block of this many rows; OpenMoE's weights come out whole in it.
 BLOCK_ROWS = 2000
@@ -264,6 +264,25 @@ def stream_names(sources: Sequence[str], streams: Sequence[Stream]) -> list[str]
     if len({stream.objective for stream in streams}) == 1:
         return [sources[stream.source] for stream in streams]
     return [f"{sources[stream.source]} {stream.objective}" for stream in streams]
+
+
+# What came after the first builds and runs, which keep their names and hashes where these are as if there were none.
+_LATER = {
+    DataConfig: ("stages", "packing", "dedup", "validation_share"),
+    SourceConfig: ("missing", "max_quarantined_units", "max_document_bytes"),
+}
+
+
+def identity(config: DataConfig) -> dict[str, Any]:
+    """Returns all settings, without later ones that have their default."""
+    settings = {**asdict(config), "sources": [_changed(source) for source in config.sources]}
+    return {name: value for name, value in settings.items() if name in _changed(config)}
+
+
+def _changed(config: DataConfig | SourceConfig) -> dict[str, Any]:
+    later = _LATER[type(config)]
+    is_default = {field.name for field in fields(config) if getattr(config, field.name) == field.default}
+    return {name: value for name, value in asdict(config).items() if name not in later or name not in is_default}
 
 
 def _check_weights(where: str, names: Sequence[str], weights: Sequence[float]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import selection, shards, storage, ul2
-from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataConfig, DataError, Stream, stream_names
+from openmoe.pipelines.config import DataConfig, DataError, Stream, identity, stream_names
 from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.permute import Permutation
 from openmoe.pipelines.sources import Unit
@@ -150,20 +150,9 @@ def manifest_path(
     data_dir: str, config: DataConfig, tokenizer: Tokenizer, units: list[Unit], missing: Sequence[str] = ()
 ) -> str:
     """Returns where the manifest of this configuration over these very files lies; see `assemble`."""
-    parts: list[Any] = [_settings(config), tokenizer.fingerprint, [unit.identity() for unit in units]]
+    parts: list[Any] = [identity(config), tokenizer.fingerprint, [unit.identity() for unit in units]]
     parts += _recipe() + _formats() + ([{"missing": list(missing)}] if missing else [])
     return storage.join(data_dir, "manifests", f"{_digest(parts)[:24]}.json")
-
-
-def _settings(config: DataConfig) -> dict[str, Any]:
-    """Returns all settings, but those that are as if there was no such choice: older builds keep their names."""
-    added = {"stages": (), "packing": "budgeted", "dedup": "none", "validation_share": 0}
-    added_to_source = {"missing": "stop", "max_quarantined_units": 0, "max_document_bytes": MAX_DOCUMENT_BYTES}
-    settings = asdict(config)
-    for source in settings["sources"]:
-        for name in [name for name, default in added_to_source.items() if source[name] == default]:
-            del source[name]
-    return {name: value for name, value in settings.items() if name not in added or value != added[name]}
 
 
 def assemble(

@@ -17,7 +17,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConfig, OptimizerConfig
-from openmoe.pipelines.config import DataConfig
+from openmoe.pipelines.config import DataConfig, identity
 from openmoe.pipelines.stage_presets import STAGE_PRESETS
 from openmoe.platform import spec_checks, spec_source, spec_yaml
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
@@ -98,25 +98,23 @@ def dump(spec: RunSpec) -> str:
 
 # A run directory is bound to these. The rest may change while a run goes on: where and how it runs and is kept (name,
 # run_dir, data_dir, sample_corpus, mesh, execution, cluster, budgets; folders of sources and tokenizer), how long it
-# goes, when it saves and what it samples (the rest of train), and how much dirt a source may hold. That moved files
+# goes, when it saves and what it samples (the rest of train), and how much a source may lack. That moved files
 # are the same files is held by the data id, which is compared at every restore.
 HASHED_SECTIONS = ("seed", "model", "data", "optimizer")
 HASHED_TRAIN_FIELDS = ("batch_rows", "microbatches")
+SOURCE_TOLERANCES = ("paths", "max_bad_share", "max_quarantined_units", "missing")
 LATER_MODEL_FIELDS = ("t5x_expert_copies", *DEPARTURES)
 
 
 def mathematics(spec: RunSpec) -> dict[str, Any]:
     """The settings that decide the numbers: model, data, seed, optimizer, and what one step consumes."""
     values = spec.model_dump(mode="json")
+    values["data"] = identity(spec.data)
     for source in values["data"]["sources"]:
-        del source["max_bad_share"], source["paths"]
+        for name in SOURCE_TOLERANCES:
+            source.pop(name, None)
     values["data"]["tokenizer"] = values["data"]["tokenizer"].rpartition("/")[2]
-    # Runs from before there were these settings keep their hash.
-    if not spec.data.stages:
-        del values["data"]["stages"]
-    if spec.data.packing == "budgeted":
-        del values["data"]["packing"]
-    for field in fields(ModelConfig):
+    for field in fields(ModelConfig):  # runs from before there were these settings keep their hash
         if field.name in LATER_MODEL_FIELDS and values["model"][field.name] == field.default:
             del values["model"][field.name]
     return {

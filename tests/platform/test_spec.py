@@ -220,7 +220,7 @@ NUM_FIELDS = {
     spec.RunSpec: 13,
     spec_sections.TrainConfig: 7,
     spec_sections.MeshConfig: 4,
-    spec_sections.ClusterConfig: 14,
+    spec_sections.ClusterConfig: 15,
     spec_sections.BudgetsConfig: 8,
     ModelConfig: 34,
     ExecutionConfig: 4,

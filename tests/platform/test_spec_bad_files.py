@@ -220,7 +220,8 @@ KEYS_AND_TYPES = {
     "choice misspelt": (
         "format: redpajama",
         "format: redpyjama",
-        "10: data.sources.0.format: must be one of redpajama, the_stack; got 'redpyjama'; did you mean `redpajama`?",
+        "10: data.sources.0.format: must be one of redpajama, the_stack, text; got 'redpyjama'; "
+        "did you mean `redpajama`?",
     ),
     "zero steps": ("steps: 100\n", "steps: 0\n", "14: train.steps: must be >= 1, got 0"),
     "zero weight": (
