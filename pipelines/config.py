@@ -267,7 +267,7 @@ def stream_names(sources: Sequence[str], streams: Sequence[Stream]) -> list[str]
 
 
 # What came after the first builds and runs, which keep their names and hashes where these are as if there were none.
-_LATER = {
+_LATER: Mapping[type, tuple[str, ...]] = {
     DataConfig: ("stages", "packing", "dedup", "validation_share"),
     SourceConfig: ("missing", "max_quarantined_units", "max_document_bytes"),
 }
