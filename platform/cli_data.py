@@ -1,0 +1,185 @@
+"""`openmoe data`: what training data will be, is made of, and whether it is sound."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from openmoe.platform import cli_explain, cli_export, tables
+
+if TYPE_CHECKING:
+    from openmoe.platform.data_plan import Plan, SourcePlan, StreamPlan
+    from openmoe.platform.data_summary import StreamSummary
+    from openmoe.platform.spec import RunSpec
+
+app = typer.Typer(help="Plan, build, look at and check training data.", no_args_is_help=True)
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run file, or the name of a shipped one.")]
+Built = Annotated[
+    str, typer.Argument(metavar="RUN|MANIFEST", help="A run file, the name of a shipped one, or a manifest.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the run file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+@app.command()
+def corpus(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it, local or gs://.")],
+    as_json: Json = False,
+) -> None:
+    """Write Python's own library as sample text and code."""
+    from openmoe.pipelines import stdlib_corpus
+
+    summary = stdlib_corpus.write_corpus(directory)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+        return
+    rows = [(name, f"{n:,}", f"{summary['bytes'][name]:,}") for name, n in summary["documents"].items()]
+    tables.show(directory, ("subset", "documents", "bytes"), rows)
+
+
+@app.command()
+def plan(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a build would do: the files, what is done of them, how far they go.
+
+    Lists files and reads receipts, no documents.
+    """
+    loaded = _loaded(run, overrides)
+
+    from openmoe.platform import data_plan, progress
+
+    with progress.ProgressReport() as show:
+        found = data_plan.plan(loaded, show.say, show)
+    if as_json:
+        sources, streams = ([each._asdict() for each in rows] for rows in (found.sources, found.streams))
+        print(json.dumps({"manifest": found.manifest, "sources": sources, "streams": streams}, indent=2))
+    else:
+        _show_plan(found)
+
+
+@app.command()
+def tokenize(run: Run, overrides: Overrides = None) -> None:
+    """Tokenize what a run reads, and pack nothing yet."""
+    loaded = _loaded(run, overrides)
+
+    from openmoe.platform import build_ahead, driver, progress, ray_session, validate
+
+    validate.check_tokenizer(loaded)
+    with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
+        driver.write_sample_corpus(loaded)
+        manifest = build_ahead.tokenize(loaded, show, show.say)
+    units = [unit for source in manifest.sources for unit in source.units]
+    documents, tokens = (sum(unit[key] for unit in units) for key in ("documents", "tokens"))
+    print(f"{manifest.path}: {tokens:,} tokens of {documents:,} documents in {len(units):,} units")
+
+
+@app.command()
+def build(run: Run, overrides: Overrides = None) -> None:
+    """Build the shards that a run reads, and stop there."""
+    loaded = _loaded(run, overrides)
+
+    from openmoe.platform import build_ahead, driver, progress, ray_session, validate
+
+    validate.check_tokenizer(loaded)
+    with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
+        driver.write_sample_corpus(loaded)
+        build_ahead.build_all(loaded, show, show.say)
+
+
+@app.command()
+def inspect(run: Built, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what built data consists of, by stream."""
+    from openmoe.platform import data_summary
+
+    found = data_summary.builds_of(run, overrides or ())
+    summaries = {manifest.data_id: data_summary.summarize(manifest) for manifest in found}
+    if as_json:
+        print(json.dumps({data_id: [s._asdict() for s in rows] for data_id, rows in summaries.items()}, indent=2))
+        return
+    columns = (
+        *("source", "share", "documents", "bad", "duplicates", "validation", "tokens a pass", "passes", "rows"),
+        *("fill", "loss", "denoisers"),
+    )
+    for manifest, streams in zip(found, summaries.values(), strict=True):
+        without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
+        tables.show(f"data {manifest.data_id}{without}", columns, [_stream_row(stream) for stream in streams])
+
+
+app.command()(cli_explain.explain)
+app.command()(cli_export.export)
+
+
+def _loaded(run: str, overrides: list[str] | None) -> "RunSpec":
+    """Returns a run with its local paths absolute, before anything slow is imported."""
+    from openmoe.platform import spec, spec_paths
+
+    return spec_paths.with_absolute_paths(spec.load(run, overrides or ()))
+
+
+def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
+    return (
+        stream.name,
+        f"{stream.share:.2%}",
+        f"{stream.documents:,}",
+        f"{stream.bad:,}",
+        f"{stream.duplicates:,}",
+        f"{stream.validation:,}",
+        f"{stream.tokens:,}",
+        f"{stream.passes}",
+        f"{stream.rows:,}",
+        f"{stream.fill:.1%}",
+        f"{stream.loss:.1%}",
+        " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
+    )
+
+
+def _show_plan(found: "Plan") -> None:
+    columns = ("source", "files", "compressed", "bytes", "units", "tokenized", "documents", "tokens", "tokens of all")
+    tables.show("sources", columns, [_source_plan_row(source) for source in found.sources])
+    columns = ("stream", "rows of the run", "passes", "packed rows", "packed groups", "groups left")
+    tables.show("streams", columns, [_stream_plan_row(stream) for stream in found.streams])
+    units = sum(source.units - source.tokenized for source in found.sources)
+    groups = [stream.groups_left for stream in found.streams]
+    left = (
+        "as many groups as its epochs have"
+        if None in groups
+        else f"about {sum(map(int, filter(None, groups))):,} groups"
+    )
+    if found.manifest and not any(groups) and None not in groups:
+        print(f"everything is built: {found.manifest}")
+    else:
+        print(f"left to do: {units:,} units to tokenize, {left} to pack")
+
+
+def _source_plan_row(source: "SourcePlan") -> tuple[str, ...]:
+    if source.missing:
+        return (source.name, "missing", *[""] * 7)
+    return (
+        source.name,
+        f"{source.files:,}",
+        f"{source.compressed:,}",
+        f"{source.bytes:,}",
+        f"{source.units:,}",
+        f"{source.tokenized:,}",
+        f"{source.documents:,}",
+        f"{source.tokens:,}",
+        f"{source.estimated_tokens:,}" if source.units == source.tokenized else _estimate(source),
+    )
+
+
+def _estimate(source: "SourcePlan") -> str:
+    basis = "by the tokenized units" if source.measured else "by the bytes"
+    return f"about {source.estimated_tokens:,} {basis}"
+
+
+def _stream_plan_row(stream: "StreamPlan") -> tuple[str, ...]:
+    return (
+        stream.name,
+        "not known" if stream.rows is None else f"{stream.rows:,}",
+        "not known" if stream.passes is None else f"{stream.passes:.2f}",
+        f"{stream.packed_rows:,}",
+        f"{stream.packed_groups:,}",
+        "not known" if stream.groups_left is None else f"{stream.groups_left:,}",
+    )
