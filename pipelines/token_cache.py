@@ -80,14 +80,20 @@ def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) ->
 
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
     """Returns the documents of a tokenized unit, whose file must have the receipt's digest."""
-    [column] = _columns(folder, name, sha256, ["tokens"])
+    return parse(read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256))
+
+
+def parse(content: bytes) -> Tokens:
+    """Returns the documents of a unit's Parquet file."""
+    [column] = _columns(content, ["tokens"])
     values = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(values.astype(np.uint32, copy=False), np.diff(column.offsets.to_numpy()).astype(np.int64))
 
 
 def documents(folder: str, name: str, *, sha256: str) -> Documents:
     """Returns hashes and lengths of the documents of a tokenized unit, whose file must have the receipt's digest."""
-    hashes, tokens = _columns(folder, name, sha256, ["hash", "tokens"])
+    content = read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+    hashes, tokens = _columns(content, ["hash", "tokens"])
     halves = np.frombuffer(b"".join(hashes.to_pylist()), "<u8").reshape(-1, 2)
     return Documents(halves, np.diff(tokens.offsets.to_numpy()).astype(np.int64))
 
@@ -100,8 +106,7 @@ def read_checked(path: str, *, sha256: str) -> bytes:
     return content
 
 
-def _columns(folder: str, name: str, sha256: str, columns: list[str]) -> list[Any]:
-    content = read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+def _columns(content: bytes, columns: list[str]) -> list[Any]:
     table = pq.read_table(io.BytesIO(content), columns=columns)
     return [table.column(column).combine_chunks() for column in columns]
 
@@ -191,15 +196,15 @@ class _Table:
             "bad": dict(sorted(self._reasons.items())),
             "bad_samples": self._samples,
             "repaired": self._repaired,
-            "tokens_sha256": _digest(lengths, values),
+            "tokens_sha256": digest(Tokens(values, lengths)),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.data)  # without a copy: a unit's tokens are its largest array
+def digest(documents: Tokens) -> str:
+    """Returns what identifies the tokens of a unit, whatever file they are in."""
+    digest = hashlib.sha256(documents.lengths.data)
+    digest.update(documents.tokens.data)  # without a copy: a unit's tokens are its largest array
     return digest.hexdigest()
 
 

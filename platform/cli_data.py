@@ -1,13 +1,15 @@
 """`openmoe data`: what training data will be, is made of, and whether it is sound."""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openmoe.platform import cli_explain, cli_export, tables
 
 if TYPE_CHECKING:
+    from openmoe.pipelines.audit import Findings
+    from openmoe.pipelines.manifest import Manifest
     from openmoe.platform.data_plan import Plan, SourcePlan, StreamPlan
     from openmoe.platform.data_summary import StreamSummary
     from openmoe.platform.spec import RunSpec
@@ -21,6 +23,8 @@ Built = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that win over the run file.")
 ]
+LISTED = 20  # of a kind; JSON has all
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
@@ -107,6 +111,35 @@ def inspect(run: Built, overrides: Overrides = None, as_json: Json = False) -> N
         tables.show(f"data {manifest.data_id}{without}", columns, [_stream_row(stream) for stream in streams])
 
 
+@app.command()
+def audit(
+    run: Built,
+    overrides: Overrides = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Read the contents of N files only, drawn anew each time."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that every artefact of built data is there and holds what its receipt says.
+
+    Exit code 1: it is not so, and the first contradiction is named.
+    """
+    from openmoe.pipelines import audit as audits
+    from openmoe.platform import data_summary, progress
+
+    audited = []
+    for manifest in data_summary.builds_of(run, overrides or ()):
+        with progress.ProgressReport() as show:
+            audited.append((manifest, audits.audit(manifest, sample=sample, report=show)))
+    if as_json:
+        print(json.dumps([{"manifest": m.path, **_audit_json(findings)} for m, findings in audited], indent=2))
+    else:
+        for manifest, findings in audited:
+            _show_audit(manifest, findings)
+    raise typer.Exit(1 if any(findings.contradictions for _, findings in audited) else 0)
+
+
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 
@@ -133,6 +166,40 @@ def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
         f"{stream.loss:.1%}",
         " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
     )
+
+
+def _audit_json(findings: "Findings") -> dict[str, Any]:
+    contradictions = [each._asdict() for each in findings.contradictions]
+    return {"sound": not contradictions, **findings._asdict(), "contradictions": contradictions}
+
+
+def _show_audit(manifest: "Manifest", findings: "Findings") -> None:
+    bad = [f"{source} {reason} {n:,}" for source, counts in findings.bad.items() for reason, n in counts.items()]
+    table = [
+        ("units", f"{findings.units:,}", "of the sources, tokenized"),
+        ("groups", f"{findings.groups:,}", f"with {findings.rows:,} rows"),
+        ("artefacts", f"{findings.artefacts:,}", "that are there and have a receipt that the manifest wants"),
+        ("read", f"{findings.read:,}", f"{findings.read_bytes:,} bytes; digests and counts compared"),
+        ("bad", f"{sum(sum(counts.values()) for counts in findings.bad.values()):,}", ", ".join(bad)),
+        ("quarantined", f"{len(findings.quarantined):,}", "; ".join(findings.quarantined[:LISTED])),
+        (
+            "orphans",
+            f"{len(findings.orphans):,}",
+            "artefacts without a receipt, which nobody reads" * bool(findings.orphans),
+        ),
+    ]
+    tables.show(f"data {manifest.data_id}", ("", "", ""), table)
+    for path in findings.orphans[:LISTED]:
+        print(f"orphan  {path}")
+    wrong = findings.contradictions
+    if wrong:
+        print("\n    ".join(("CONTRADICTION", *map(str, wrong[:LISTED]))))
+        if len(wrong) > LISTED:
+            print(f"    and {len(wrong) - LISTED:,} more; --json has them all")
+    elif findings.read < findings.artefacts:
+        print(f"SOUND IN PART: all is there, {findings.read:,} of {findings.artefacts:,} files were read")
+    else:
+        print("SOUND: all is there, and holds what its receipts say")
 
 
 def _show_plan(found: "Plan") -> None:
