@@ -112,7 +112,7 @@ def audit(manifest: Manifest, *, sample: int | None = None, report: Report = lam
         bad={
             source.name: dict(sum((Counter(u["bad"]) for u in source.units), Counter())) for source in manifest.sources
         },
-        quarantined=list(_quarantined(manifest)),
+        quarantined=[f"{s.name}: {unit}" for s in manifest.sources for unit in quarantined_of(s)],
     )
 
 
@@ -120,11 +120,13 @@ def _drawn(count: int, sample: int) -> list[int]:
     return random.sample(range(count), min(sample, count))
 
 
-def _quarantined(manifest: Manifest) -> Iterator[str]:
-    for source in manifest.sources:
-        for unit in source.units:
-            if "quarantined" in unit:
-                yield f"{source.name}: {unit['path']} [{unit['start']}, {unit['stop']}): {unit['quarantined']}"
+def quarantined_of(source: SourceManifest) -> list[str]:
+    """Returns the units of a source that were left out, with the reason."""
+    return [
+        f"{unit['path']} [{unit['start']}, {unit['stop']}): {unit['quarantined']}"
+        for unit in source.units
+        if "quarantined" in unit
+    ]
 
 
 class _Stated:

@@ -140,6 +140,28 @@ def audit(
     raise typer.Exit(1 if any(findings.contradictions for _, findings in audited) else 0)
 
 
+@app.command()
+def report(
+    run: Built,
+    overrides: Overrides = None,
+    out: Annotated[
+        str, typer.Option("--out", "-o", metavar="FILE", help="Where to write it, local or gs://.")
+    ] = "report.html",
+) -> None:
+    """Write a page about built data: mixture, fill, noise, document lengths, what was left out.
+
+    One HTML file that needs nothing else. Document lengths are read from the token cache, of at most 32 units a source.
+    """
+    from openmoe.pipelines import storage
+    from openmoe.platform import data_figures, data_report, data_summary, progress
+
+    manifest = data_summary.build_of(run, overrides or ())
+    with progress.ProgressReport() as show:
+        figures = data_figures.collect(manifest, show)
+    storage.write_durable(out, data_report.page(figures).encode())
+    print(out)
+
+
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 
