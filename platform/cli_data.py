@@ -231,15 +231,12 @@ def _show_plan(found: "Plan") -> None:
     tables.show("streams", columns, [_stream_plan_row(stream) for stream in found.streams])
     units = sum(source.units - source.tokenized for source in found.sources)
     groups = [stream.groups_left for stream in found.streams]
-    left = (
-        "as many groups as its epochs have"
-        if None in groups
-        else f"about {sum(map(int, filter(None, groups))):,} groups"
-    )
-    if found.manifest and not any(groups) and None not in groups:
+    known = [number for number in groups if number is not None]
+    left = f"then to pack about {sum(known):,} groups" if known else "then to pack the groups of its epochs"
+    if found.manifest and known and not any(known):
         print(f"everything is built: {found.manifest}")
     else:
-        print(f"left to do: {units:,} units to tokenize, {left} to pack")
+        print(f"left to do: {units:,} units to tokenize, {left}")
 
 
 def _source_plan_row(source: "SourcePlan") -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """An audit finds a build sound, or names each kind of damage with the file that it is in."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,34 @@ DAMAGES = {
 }
 
 
+def test_a_shard_of_other_documents_is_named_even_if_its_receipt_was_made_for_it(copy):
+    manifest, folder = copy
+    shutil.copy(wiki(folder, "00001.array_record"), wiki(folder, "00000.array_record"))
+    wiki(folder, "pass.json").unlink()
+    made = json.loads(wiki(folder, "00001.json").read_text())
+    kept = {"group": 0, "units": manifest.groups(0, 0)[0]}
+    edit(wiki(folder, "00000.json"), **made | kept)
+    tokens = [unit["tokens"] for unit in manifest.sources[0].units]
+    absent, foreign = (set(manifest.groups(0, 0)[group]) for group in (0, 1))
+    assert [each.what for each in audit.audit(manifest).contradictions] == [
+        f"holds {0 if n in absent else tokens[n]:,} tokens of unit {n}, should hold {tokens[n] if n in absent else 0:,}"
+        for n in sorted(absent | foreign)
+    ]
+
+
+def test_a_unit_of_other_tokens_is_named_even_if_receipt_and_manifest_were_made_for_it(copy):
+    manifest, folder = copy
+    ours, other = manifest.sources[0].units[:2]
+    shutil.copy(unit(folder, manifest, 1, ".parquet"), unit(folder, manifest, 0, ".parquet"))
+    edit(unit(folder, manifest, 0, ".json"), sha256=other["sha256"])
+    ours["sha256"] = other["sha256"]
+    assert [each.what for each in audit.audit(manifest).contradictions] == [
+        f"holds documents {other['documents']}, its receipt says {ours['documents']}",
+        f"holds tokens {other['tokens']}, its receipt says {ours['tokens']}",
+        f'holds tokens_sha256 "{other["tokens_sha256"][:56]}..., its receipt says "{ours["tokens_sha256"][:56]}...',
+    ]
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named_with_its_file(copy, name):
     manifest, folder = copy
@@ -185,6 +214,15 @@ def test_a_split_that_moved_a_document_is_named(selected_build, tmp_path):
     manifest = manifests.load(str(next((tmp_path / "data/manifests").iterdir())))
     [found] = audit.audit(manifest).contradictions
     assert (found.path, found.what[:12]) == (str(split), "is damaged: ")
+
+
+def test_a_split_whose_parts_are_counted_otherwise_is_named(selected_build):
+    manifest = manifests.load(selected_build.path)
+    split = manifest.sources[0].units[0]["split"]
+    split["duplicate"]["documents"] += 1
+    [found] = audit.audit(manifest).contradictions
+    assert found.path.endswith(split["path"])
+    assert re.match(r"holds duplicate \{.*\}, its receipt says \{", found.what)
 
 
 def test_a_build_on_gcs_is_audited_as_one_on_disk_is(copy, gcs):

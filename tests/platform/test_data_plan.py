@@ -1,14 +1,18 @@
 """`openmoe data plan` and `tokenize`, without Ray: what is there, what is left, how far it goes."""
 
+import gzip
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from openmoe.pipelines.config import DataError
-from openmoe.platform import build_ahead, cli, spec
+from openmoe.pipelines.config import DataError, SourceConfig
+from openmoe.pipelines.sources import Unit
+from openmoe.platform import build_ahead, cli, data_plan, spec
 
 SMALL = (
     *("sample_corpus=null", "model.group_size=128", "train.steps=40", "train.batch_rows=4", "seed=3"),
@@ -108,3 +112,58 @@ def test_tokenizing_ends_with_the_manifest_and_packs_nothing(small_data, tmp_pat
     manifest = build_ahead.tokenize(loaded, lambda *progress: None, print)
     assert (manifest.data_id, manifest.path) == (small_data.data_id, str(next((tmp_path / "manifests").iterdir())))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifests", "tokens"]
+
+
+def test_compressed_files_row_groups_and_folders_of_texts_count_by_their_bytes(tmp_path):
+    line = json.dumps({"text": "one line of text"}) + "\n"
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(line.encode() * 500, mtime=0))
+    (tmp_path / "c.jsonl").write_text(line * 500)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("a" * 40)
+    pq.write_table(pa.table({"content": ["x = 1"] * 40}), tmp_path / "s.parquet", row_group_size=10)
+    named = {"c": ("redpajama", "c.jsonl*"), "t": ("text", "*.txt"), "s": ("the_stack", "*.parquet")}
+    sources = [
+        {"name": name, "format": kind, "paths": [f"{tmp_path}/{pattern}"], "weight": 1.0}
+        for name, (kind, pattern) in named.items()
+    ]
+    small = [setting for setting in SMALL if "unit_bytes" not in setting]
+    settings = (*small, "data.unit_bytes=50", f"data.sources={json.dumps(sources)}", f"data_dir={tmp_path}/data")
+    lines, texts, stack = plan(*settings)["sources"]
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes["c.jsonl"] == 500 * 29
+    assert (lines["files"], lines["compressed"], lines["units"]) == (2, 1, 1 + 500 * 29 // 50)
+    assert lines["bytes"] == sizes["c.jsonl"] + sizes["c.jsonl.gz"]
+    assert lines["estimated_tokens"] == round(sizes["c.jsonl.gz"] + sizes["c.jsonl"] / 3)
+    assert (texts["files"], texts["bytes"], texts["units"], texts["estimated_tokens"]) == (3, 120, 2, 40)
+    assert (stack["files"], stack["compressed"], stack["units"]) == (1, 1, 4)
+    assert stack["estimated_tokens"] == stack["bytes"] == sizes["s.parquet"]
+
+
+def test_row_groups_that_are_tokenized_stand_for_their_part_of_the_file():
+    stack = {"source": "s", "format": "the_stack", "path": "s.parquet", "fingerprint": "1000:1"}
+    units = [Unit(**stack, start=0, stop=1), Unit(**stack, start=1, stop=4)]
+    source = SourceConfig(name="s", format="the_stack", paths=("s.parquet",), weight=1.0)
+    found = data_plan._source_plan(source, [(units[0], {"documents": 2, "tokens": 50}), (units[1], None)])
+    assert (found.tokens, found.estimated_tokens, found.measured, found.files) == (50, 200, True, 1)
+
+
+def test_a_run_in_epochs_knows_its_rows_once_its_first_passes_are_packed(small_data, tmp_path):
+    epochs = ("train.steps=null", "train.epochs=2")
+    before = plan(*settings(small_data, tmp_path), *epochs)["streams"]
+    assert [(s["rows"], s["passes"], s["groups_left"]) for s in before] == [(None, None, None)] * 2
+    told = data("plan", *settings(small_data, tmp_path), *epochs).stdout
+    assert "left to do: 6 units to tokenize, then to pack the groups of its epochs" in told
+    wiki, code = plan(*settings(small_data, small_data.data_dir), *epochs)["streams"]
+    first_passes = wiki["packed_rows"] + code["packed_rows"] // 2  # of code two passes are packed
+    assert wiki["rows"] + code["rows"] == 2 * first_passes // 4 * 4
+
+
+def test_a_manifest_is_inspected_without_its_run_and_takes_no_settings(small_data):
+    shown = CliRunner().invoke(cli.app, ["data", "inspect", small_data.path, "--json"], catch_exceptions=False)
+    [streams] = json.loads(shown.stdout).values()
+    assert [(stream["name"], stream["documents"], stream["share"]) for stream in streams] == [
+        ("wiki", 40, 0.75),
+        ("code", 10, 0.25),
+    ]
+    with pytest.raises(DataError, match=r"^seed=1: a manifest has no settings to change"):
+        CliRunner().invoke(cli.app, ["data", "inspect", small_data.path, "seed=1"], catch_exceptions=False)

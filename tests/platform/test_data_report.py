@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import tokenizer
+from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import Stage
 from openmoe.platform import cli, data_figures, data_report
 
@@ -127,6 +130,14 @@ def test_a_build_of_which_nothing_is_packed_has_a_page_too(figures):
     page = data_report.page(figures._replace(rows=0, stages=[], streams=empty))
     assert "No row can be read yet" in page
     assert page.count("nothing is packed") == 4
+
+
+def test_a_unit_that_is_cut_off_is_one_line_with_the_remedy(small_data, tmp_path):
+    shutil.copytree(small_data.data_dir, tmp_path / "data")
+    unit = tmp_path / "data/tokens" / f"{small_data.sources[0].units[0]['key']}.parquet"
+    unit.write_bytes(unit.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"^{unit}: damaged \(.*\); `openmoe data audit` says what else is$"):
+        data_figures.collect(manifests.load(str(next((tmp_path / "data/manifests").iterdir()))))
 
 
 def test_the_command_writes_one_file_that_asks_for_nothing(small_data, tmp_path):
