@@ -60,7 +60,7 @@ class Findings(NamedTuple):
       read: those of them whose contents were compared.
       read_bytes: of those.
       contradictions: in the order of the manifest, stated ones first.
-      orphans: artefacts without a receipt, as a build leaves them that was killed; the next one replaces them.
+      orphans: artefacts without a receipt: of a build that is at work or was killed; the next one replaces them.
       bad: documents that were left out, by source and reason.
       quarantined: units that were left out, with the reason.
     """
@@ -207,7 +207,8 @@ class _Stated:
         self.contradictions += found
         for artefact in artefacts:
             folder, name = artefact.path.rsplit("/", 1)
-            if name not in self._names(folder):
+            # Looked up again: what a build makes now may have been listed in part.
+            if name not in self._names(folder) and not storage.exists(artefact.path):
                 self.contradictions.append(Contradiction(artefact.path, _MISSING))
             elif not found:
                 self.artefacts.append(artefact)

@@ -82,6 +82,13 @@ DAMAGES = {
         lambda m, f: (wiki(f, "00002.json").unlink(), wiki(f, "00002.array_record").unlink()),
         [("pass.json", "says that the pass is finished, but group 2 has no receipt")],
     ),
+    "a pass that is finished without one of its groups": (
+        lambda m, f: edit(wiki(f, "pass.json"), groups=json.loads(wiki(f, "pass.json").read_text())["groups"][:2]),
+        [
+            ("pass.json", "says that the pass is finished with 2 groups, should be 3"),
+            ("pass.json", " 0 times: a pass has every unit once"),
+        ],
+    ),
     "a receipt of more rows": (
         lambda m, f: edit(wiki(f, "00000.json"), rows=1000),
         [("pass.json", "of group 0 says rows "), ("00000.array_record", "holds rows ")],

@@ -29,9 +29,10 @@ def texts(page, label):
     return [text.text for text in ElementTree.fromstring(picture).iter("text")]
 
 
-def widths(page, label, kind):
+def boxes(page, label, kind, side="width"):
+    """That side of the rectangles of a kind in the picture with this label, in order."""
     [picture] = re.findall(rf'<svg [^>]*aria-label="{label}">.*?</svg>', page, re.DOTALL)
-    return [float(r.get("width")) for r in ElementTree.fromstring(picture).iter("rect") if r.get("class") == kind]
+    return [float(r.get(side)) for r in ElementTree.fromstring(picture).iter("rect") if r.get("class") == kind]
 
 
 def test_document_lengths_are_those_that_the_tokenizer_gives(figures, small_data):
@@ -71,9 +72,9 @@ def test_the_mixture_is_drawn_as_got_and_as_asked_for(figures, small_data):
     wiki = stage.shares[0].rows
     page = data_report.page(figures)
     assert texts(page, label)[:2] == ["wiki", f"{wiki / stage.end:.2%} of 75.00%, {wiki} rows"]
-    got, wanted = widths(page, label, "bar"), widths(page, label, "wanted")
-    assert abs(got[0] / got[1] - wiki / stage.shares[1].rows) < 0.01
-    assert len(wanted) == 2
+    scale = 300 / max(wiki / stage.end, 0.75)
+    assert np.allclose(boxes(page, label, "bar"), [share.rows / stage.end * scale for share in stage.shares], atol=0.06)
+    assert np.allclose(boxes(page, label, "wanted", "x"), [199 + 0.75 * scale, 199 + 0.25 * scale], atol=0.06)
 
 
 def test_each_stage_has_a_mixture_of_its_own_as_far_as_rows_reach(small_data):
@@ -95,7 +96,7 @@ def test_fill_loss_and_denoisers_are_those_of_the_receipts(figures, small_data):
     label = "used slots of the rows of each stream"
     assert texts(page, label)[:2] == ["wiki", f"{fill:.2%} used, {loss:.1%} loss"]
     width = 300
-    parts = [widths(page, label, kind)[0] for kind in ("bar", "second", "none")]
+    parts = [boxes(page, label, kind)[0] for kind in ("bar", "second", "none")]
     assert np.allclose(parts, [loss * width, (fill - loss) * width, (1 - fill) * width], atol=0.06)
     pieces = {name: sum(group["pieces"][name] for group in groups) for name in groups[0]["pieces"]}
     drawn = texts(page, "denoisers of wiki")
