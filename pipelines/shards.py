@@ -107,6 +107,31 @@ class _Statistics:
         }
 
 
+def records(content: bytes) -> list[bytes]:
+    """Returns all records of a shard that is held as bytes."""
+    with tempfile.NamedTemporaryFile() as file:  # ArrayRecord reads files alone
+        file.write(content)
+        file.flush()
+        reader = array_record_module.ArrayRecordReader(file.name, "readahead_buffer_size:0")
+        try:
+            return reader.read(list(range(reader.num_records()))) if reader.num_records() else []
+        finally:
+            reader.close()
+
+
+def count(records: list[bytes]) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns what a receipt says of these records but for digest and size, and their SEGMENT tables in one."""
+    decoded = [decode(record) for record in records]
+    segments = np.concatenate([np.empty(0, SEGMENT), *(table for _, table in decoded)])
+    statistics = _Statistics()
+    statistics.rows = len(decoded)
+    statistics.slots_used = sum(len(tokens) for tokens, _ in decoded)
+    statistics.loss_slots, statistics.raw_tokens = int(segments["targets"].sum()), int(segments["length"].sum())
+    kinds = segments["denoiser"][segments["inputs"] + segments["targets"] > 0]
+    statistics.pieces = np.bincount(kinds, minlength=len(packing.KINDS))
+    return statistics.counts(), segments
+
+
 class Shard:
     """An open shard whose content was checked against its receipt."""
 

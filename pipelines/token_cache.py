@@ -12,6 +12,7 @@ import collections
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from openmoe.pipelines.tokenizer import Tokenizer
 # Part of every unit's key: raise it when the same bytes would become other files.
 CLEANING_VERSION = 2
 _BATCH_CHARACTERS = 4_000_000
+_BATCH_DOCUMENTS = 1024  # as many as a row group has
 _SAMPLES = 20  # bad lines that a receipt names
 _KEPT_LINES = 1000  # bad lines that a unit keeps; the others are counted
 _KEPT_BYTES = 4096  # of each of them
@@ -80,14 +82,34 @@ def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) ->
 
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
     """Returns the documents of a tokenized unit, whose file must have the receipt's digest."""
-    [column] = _columns(folder, name, sha256, ["tokens"])
+    return parse(read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256))
+
+
+def lengths(path: str) -> Iterator[np.ndarray]:
+    """Yields the tokens of each document of a unit's Parquet file, int64[documents], some documents at a time.
+
+    Raises:
+      DataError: the file is no Parquet file of documents.
+    """
+    with storage.open_read(path) as file:
+        try:
+            for batch in pq.ParquetFile(file).iter_batches(columns=["tokens"], batch_size=_BATCH_DOCUMENTS):
+                yield np.diff(batch.column(0).offsets.to_numpy()).astype(np.int64)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: damaged ({error}); `openmoe data audit` says what else is") from error
+
+
+def parse(content: bytes) -> Tokens:
+    """Returns the documents of a unit's Parquet file."""
+    [column] = _columns(content, ["tokens"])
     values = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(values.astype(np.uint32, copy=False), np.diff(column.offsets.to_numpy()).astype(np.int64))
 
 
 def documents(folder: str, name: str, *, sha256: str) -> Documents:
     """Returns hashes and lengths of the documents of a tokenized unit, whose file must have the receipt's digest."""
-    hashes, tokens = _columns(folder, name, sha256, ["hash", "tokens"])
+    content = read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+    hashes, tokens = _columns(content, ["hash", "tokens"])
     halves = np.frombuffer(b"".join(hashes.to_pylist()), "<u8").reshape(-1, 2)
     return Documents(halves, np.diff(tokens.offsets.to_numpy()).astype(np.int64))
 
@@ -100,8 +122,7 @@ def read_checked(path: str, *, sha256: str) -> bytes:
     return content
 
 
-def _columns(folder: str, name: str, sha256: str, columns: list[str]) -> list[Any]:
-    content = read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+def _columns(content: bytes, columns: list[str]) -> list[Any]:
     table = pq.read_table(io.BytesIO(content), columns=columns)
     return [table.column(column).combine_chunks() for column in columns]
 
@@ -178,7 +199,9 @@ class _Table:
         file = io.BytesIO()
         table = pa.Table.from_arrays(columns, schema=_SCHEMA)
         # A dictionary of ids is no gain: a sixth larger, and half as much work again.
-        pq.write_table(table, file, compression="zstd", row_group_size=1024, use_dictionary=["source", "file"])
+        pq.write_table(
+            table, file, compression="zstd", row_group_size=_BATCH_DOCUMENTS, use_dictionary=["source", "file"]
+        )
         content = file.getvalue()
         return content, {
             "source": self._unit.source,
@@ -191,15 +214,15 @@ class _Table:
             "bad": dict(sorted(self._reasons.items())),
             "bad_samples": self._samples,
             "repaired": self._repaired,
-            "tokens_sha256": _digest(lengths, values),
+            "tokens_sha256": digest(Tokens(values, lengths)),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(array.data)  # without a copy: a unit's tokens are its largest array
+def digest(documents: Tokens) -> str:
+    """Returns what identifies the tokens of a unit, whatever file they are in."""
+    digest = hashlib.sha256(documents.lengths.data)
+    digest.update(documents.tokens.data)  # without a copy: a unit's tokens are its largest array
     return digest.hexdigest()
 
 

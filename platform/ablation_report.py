@@ -35,7 +35,7 @@ NOT_SHOWN = (
     "little for a router that has made up its mind. No expert is on another device, so imbalance costs no time.",
     "**Experts.** {experts} experts of width {width} and 6 MB of Python's documentation and sources leave little to "
     "specialise in, which is where fine-grained experts and a shared one are said to pay.",
-    "**Padding.** These rows are packed to the last slots, with under 1 % padding (`openmoe data show quickstart`); "
+    "**Padding.** These rows are packed to the last slots, with under 1 % padding (`openmoe data inspect quickstart`); "
     "emptier ones would show more.",
     "**Tuning.** All have the baseline's learning rate and schedule, which may suit it better than others.",
     "**Speed.** Tokens/s are those of the machine as busy as it was, one run after the other, and on CPU say nothing "

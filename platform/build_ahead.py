@@ -48,6 +48,11 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     return manifest, spec
 
 
+def tokenize(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Manifest:
+    """Tokenizes a run's sources, as every build of them begins, and packs nothing."""
+    return build.tokenize(spec.data, spec.data_dir, report, _place(spec, say=_once(say)))
+
+
 def build_all(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Manifest:
     """Builds all that a run reads from its first step to its last."""
     manifest, spec = build_first(spec, 0, report, say)

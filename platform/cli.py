@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,8 +12,7 @@ from openmoe.platform import (
     cli_cluster,
     cli_convert,
     cli_dashboard,
-    cli_explain,
-    cli_export,
+    cli_data,
     cli_generate,
     cli_jobs,
     cli_ledger,
@@ -21,9 +20,6 @@ from openmoe.platform import (
     cli_schedule,
     tables,
 )
-
-if TYPE_CHECKING:
-    from openmoe.platform.data_summary import StreamSummary
 
 app = typer.Typer(
     name="openmoe",
@@ -34,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Build and look at training data.", no_args_is_help=True)
 model_app = typer.Typer(help="Look at models.", no_args_is_help=True)
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run file, or the name of a shipped one.")]
@@ -182,94 +177,6 @@ def wheel(
     print(wheel_module.built_wheel(folder))
 
 
-@data_app.command("corpus")
-def data_corpus(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where to write it, local or gs://.")],
-    as_json: Json = False,
-) -> None:
-    """Write Python's own library as sample text and code."""
-    from openmoe.pipelines import stdlib_corpus
-
-    summary = stdlib_corpus.write_corpus(directory)
-    if as_json:
-        print(json.dumps(summary, indent=2))
-        return
-    rows = [(name, f"{n:,}", f"{summary['bytes'][name]:,}") for name, n in summary["documents"].items()]
-    tables.show(directory, ("subset", "documents", "bytes"), rows)
-
-
-@data_app.command("build")
-def data_build(run: Run, overrides: Overrides = None) -> None:
-    """Build the shards that a run reads, and stop there."""
-    from openmoe.platform import spec
-
-    loaded = spec.load(run, overrides or ())
-
-    from openmoe.platform import build_ahead, driver, progress, ray_session, spec_paths, validate
-
-    loaded = spec_paths.with_absolute_paths(loaded)
-    validate.check_tokenizer(loaded)
-    with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
-        driver.write_sample_corpus(loaded)
-        build_ahead.build_all(loaded, show, show.say)
-
-
-data_app.command("export")(cli_export.export)
-
-
-@data_app.command("show")
-def data_show(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a run's data consists of, by source."""
-    from openmoe.platform import spec
-
-    loaded = spec.load(run, overrides or ())
-
-    from openmoe.platform import data_summary
-
-    found = data_summary.builds(loaded.data, loaded.data_dir)
-    summaries = {manifest.data_id: data_summary.summarize(manifest) for manifest in found}
-    if as_json:
-        print(json.dumps({data_id: [s._asdict() for s in rows] for data_id, rows in summaries.items()}, indent=2))
-        return
-    columns = (
-        "source",
-        "share",
-        "documents",
-        "bad",
-        "duplicates",
-        "validation",
-        "tokens a pass",
-        "passes",
-        "rows",
-        "fill",
-        "loss",
-        "denoisers",
-    )
-    for manifest, streams in zip(found, summaries.values(), strict=True):
-        without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
-        tables.show(f"data {manifest.data_id}{without}", columns, [_stream_row(stream) for stream in streams])
-
-
-def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
-    return (
-        stream.name,
-        f"{stream.share:.2%}",
-        f"{stream.documents:,}",
-        f"{stream.bad:,}",
-        f"{stream.duplicates:,}",
-        f"{stream.validation:,}",
-        f"{stream.tokens:,}",
-        f"{stream.passes}",
-        f"{stream.rows:,}",
-        f"{stream.fill:.1%}",
-        f"{stream.loss:.1%}",
-        " ".join(f"{name} {share:.0%}" for name, share in stream.denoisers.items()),
-    )
-
-
-data_app.command("explain")(cli_explain.explain)
-
-
 @model_app.command("describe")
 def model_describe(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A preset, such as openmoe-8b.")],
@@ -291,6 +198,6 @@ app.add_typer(cli_schedule.app, name="schedule")
 app.add_typer(cli_cluster.app, name="cluster")
 cli_render.add_to(cli_cluster.app)
 app.add_typer(cli_ledger.app, name="ledger")
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 cli_ablate.add_to(model_app)
 app.add_typer(model_app, name="model")

@@ -30,33 +30,14 @@ def export(
     """Write a run's rows as Parquet or tf.Example ArrayRecord."""
     from openmoe.pipelines import export as exports
     from openmoe.pipelines.loader import Loader
-    from openmoe.platform import progress
+    from openmoe.platform import data_summary, progress
 
-    loader = Loader(_manifest(run, overrides or []))
+    loader = Loader(data_summary.build_of(run, overrides or ()).path)
     plan = exports.Plan(data_id=loader.data_id, format=form.value, rows=_rows(rows, loader.num_rows))
     with progress.ProgressReport() as show:
         receipt = exports.export(loader, directory.rstrip("/"), plan, show)
     lo, hi = receipt["rows"]
     print(f"{directory}: rows {lo} to {hi - 1} in {len(receipt['files'])} file(s), data {loader.data_id}")
-
-
-def _manifest(run: str, overrides: list[str]) -> str:
-    """Returns the path of the manifest that a run reads."""
-    if run.endswith(".json"):
-        return run
-    from openmoe.platform import spec
-
-    loaded = spec.load(run, overrides)
-
-    from openmoe.pipelines.config import DataError
-    from openmoe.platform import data_summary, spec_paths
-
-    loaded = spec_paths.with_absolute_paths(loaded)
-    found = data_summary.builds(loaded.data, loaded.data_dir)
-    if len(found) > 1:
-        paths = ", ".join(manifest.path for manifest in found)
-        raise DataError(f"{loaded.data_dir}: {len(found)} builds of these settings; name the manifest: {paths}")
-    return found[0].path
 
 
 def _rows(text: str | None, num_rows: int) -> tuple[int, int]:

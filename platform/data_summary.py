@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from openmoe.pipelines import manifest as manifests
@@ -9,6 +10,7 @@ from openmoe.pipelines import selection, storage
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest, SourceManifest
 from openmoe.pipelines.passes import Passes
+from openmoe.platform import spec, spec_paths
 
 
 class StreamSummary(NamedTuple):
@@ -41,6 +43,33 @@ class StreamSummary(NamedTuple):
     fill: float
     loss: float
     denoisers: dict[str, float]
+
+
+def builds_of(place: str, overrides: Sequence[str] = ()) -> list[Manifest]:
+    """Returns the builds of a run's data, or the one whose manifest is given.
+
+    Args:
+      place: a run file, the name of a shipped one, or the path of a manifest.
+      overrides: settings that win over the run file.
+
+    Raises:
+      DataError: there is none.
+    """
+    if place.endswith(".json"):
+        if overrides:
+            raise DataError(f"{overrides[0]}: a manifest has no settings to change; give a run file, or leave it out")
+        return [manifests.load(place)]
+    loaded = spec_paths.with_absolute_paths(spec.load(place, overrides))
+    return builds(loaded.data, loaded.data_dir)
+
+
+def build_of(place: str, overrides: Sequence[str] = ()) -> Manifest:
+    """Returns the only build of a run's data, or the one whose manifest is given; see `builds_of`."""
+    found = builds_of(place, overrides)
+    if len(found) > 1:
+        paths = ", ".join(manifest.path for manifest in found)
+        raise DataError(f"{place}: its data has {len(found)} builds, of other files each; name the manifest: {paths}")
+    return found[0]
 
 
 def builds(config: DataConfig, data_dir: str) -> list[Manifest]:

@@ -6,6 +6,7 @@ A run in epochs knows its steps once pass 0 of every source is built; what is bu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from openmoe.model import counts
 from openmoe.pipelines import manifest as manifests
@@ -72,8 +73,8 @@ def rows(spec: RunSpec) -> tuple[Fact, ...]:
     total, names = _total_rows(spec), spec.data.stream_names()
     if total is None:
         return ()
-    needed = _mixture(spec).rows_needed(total).tolist()
-    shares = [_text_share(spec, stream.objective) for stream in spec.data.streams()]
+    needed = mixture(spec).rows_needed(total).tolist()
+    shares = [text_share(spec, stream.objective) for stream in spec.data.streams()]
     text_tokens = [n * spec.data.seq_len * share for n, share in zip(needed, shares, strict=True)]
     shards = sum(math.ceil(tokens / spec.data.group_tokens) for tokens in text_tokens)
     return (
@@ -100,7 +101,8 @@ def how(spec: RunSpec) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def _text_share(spec: RunSpec, objective: str) -> float:
+def text_share(spec: RunSpec, objective: str) -> float:
+    """Returns the tokens of text in a row of an objective, as a share of its slots."""
     is_reference = (objective, spec.data.packing) == ("ul2", "reference")
     return TEXT_SHARE_OF_REFERENCE_ROW if is_reference else TEXT_SHARE_OF_ROW[objective]
 
@@ -152,12 +154,17 @@ def _reached(built: Passes, stream: int, num_rows: int) -> Fact:
     key, passes = f"passes_{_key(built.manifest.stream_names[stream])}", built.rows(stream)
     if not passes:
         return Fact(key, None, "not built", f"{num_rows:,} rows are read")
+    reached = passes_of(passes, num_rows)
+    return Fact(key, reached, f"{reached:.2f}", f"of {passes[0]:,} rows; {len(passes)} built")
+
+
+def passes_of(passes: Sequence[int], num_rows: int) -> float:
+    """Returns how many passes rows of a stream are, given the rows of its first ones; later ones are like the last."""
     left, reached = num_rows, 0.0
     for size in passes:
         reached += min(left / size, 1)
         left -= min(left, size)
-    reached += left / passes[-1]
-    return Fact(key, reached, f"{reached:.2f}", f"of {passes[0]:,} rows; {len(passes)} built")
+    return reached + left / passes[-1]
 
 
 def _key(stream_name: str) -> str:
@@ -172,5 +179,6 @@ def _stages(spec: RunSpec) -> tuple[Stage, ...]:
     return manifests.stages_of(spec.data) or one_stage(spec.data.weights_by_stage()[0])
 
 
-def _mixture(spec: RunSpec) -> Mixture:
+def mixture(spec: RunSpec) -> Mixture:
+    """Returns which stream, and which row of it, each row of the run is."""
     return Mixture(_stages(spec), spec.data.seed)

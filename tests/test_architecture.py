@@ -50,10 +50,10 @@ PURE = (
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "prefetch", "train_loop", "report",
-    "data_summary", "validate", "validate_data", "validate_memory", "facts", "tables", "home", "cluster_file",
-    "instances", "wheel", "job_store", "story_records", "controller_lock", "watchdog", "ablation_report",
-    "dashboard.follow", "dashboard.curves", "dashboard.incidents", "dashboard.views", "dashboard.watch",
-    "dashboard.summary", "ledger_data",
+    "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data", "validate_memory",
+    "facts", "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",
+    "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
+    "dashboard.views", "dashboard.watch", "dashboard.summary", "ledger_data",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 

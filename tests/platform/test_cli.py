@@ -111,7 +111,9 @@ def test_a_bad_file_ends_in_plain_lines_and_exit_code_2(name):
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", [("train",), ("data", "build"), ("data", "show")])
+@pytest.mark.parametrize(
+    "command", [("train",), ("data", "build"), ("data", "plan"), ("data", "tokenize"), ("data", "inspect")]
+)
 def test_nothing_is_started_on_a_bad_file(command):
     result = openmoe(*command, "tab.yaml", cwd=BAD_RUNS)
     assert result.returncode == 2
@@ -138,7 +140,7 @@ def test_every_bad_file_is_tried():
             ["model", "describe", "openmoe-8B"],
             "openmoe-8B: no preset of this name; did you mean `openmoe-8b`?",
         ),
-        (["data", "show", "quickstart", "data_dir=/missing"], "/missing: no build of these settings;"),
+        (["data", "inspect", "quickstart", "data_dir=/missing"], "/missing: no build of these settings;"),
         (["data", "corpus", "/dev/null/corpus"], "/dev/null/corpus"),
         (["tarin"], "No such command 'tarin'"),
     ],

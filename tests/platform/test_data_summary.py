@@ -1,4 +1,4 @@
-"""What `openmoe data show` says of a build, from files as a build leaves them."""
+"""What `openmoe data inspect` says of a build, from files as a build leaves them."""
 
 import json
 from dataclasses import replace
