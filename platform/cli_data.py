@@ -1,5 +1,6 @@
 """`openmoe data`: what training data will be, is made of, and whether it is sound."""
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +9,13 @@ import typer
 from openmoe.platform import cli_explain, cli_export, tables
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from openmoe.pipelines.audit import Findings
     from openmoe.pipelines.manifest import Manifest
     from openmoe.platform.data_plan import Plan, SourcePlan, StreamPlan
     from openmoe.platform.data_summary import StreamSummary
+    from openmoe.platform.progress import ProgressReport
     from openmoe.platform.spec import RunSpec
 
 app = typer.Typer(help="Plan, build, look at and check training data.", no_args_is_help=True)
@@ -66,13 +70,9 @@ def plan(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
 @app.command()
 def tokenize(run: Run, overrides: Overrides = None) -> None:
     """Tokenize what a run reads, and pack nothing yet."""
-    loaded = _loaded(run, overrides)
+    with _working(run, overrides) as (loaded, show):
+        from openmoe.platform import build_ahead
 
-    from openmoe.platform import build_ahead, driver, progress, ray_session, validate
-
-    validate.check_tokenizer(loaded)
-    with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
-        driver.write_sample_corpus(loaded)
         manifest = build_ahead.tokenize(loaded, show, show.say)
     units = [unit for source in manifest.sources for unit in source.units]
     documents, tokens = (sum(unit[key] for unit in units) for key in ("documents", "tokens"))
@@ -82,14 +82,23 @@ def tokenize(run: Run, overrides: Overrides = None) -> None:
 @app.command()
 def build(run: Run, overrides: Overrides = None) -> None:
     """Build the shards that a run reads, and stop there."""
+    with _working(run, overrides) as (loaded, show):
+        from openmoe.platform import build_ahead
+
+        build_ahead.build_all(loaded, show, show.say)
+
+
+@contextlib.contextmanager
+def _working(run: str, overrides: list[str] | None) -> "Generator[tuple[RunSpec, ProgressReport]]":
+    """Gives what a build needs, under Ray and with its sources at hand."""
     loaded = _loaded(run, overrides)
 
-    from openmoe.platform import build_ahead, driver, progress, ray_session, validate
+    from openmoe.platform import driver, progress, ray_session, validate
 
     validate.check_tokenizer(loaded)
     with progress.ProgressReport() as show, ray_session.started(loaded.cluster):
         driver.write_sample_corpus(loaded)
-        build_ahead.build_all(loaded, show, show.say)
+        yield loaded, show
 
 
 @app.command()
