@@ -65,7 +65,7 @@ wheel-check: wheel
 	rm -rf .venv-wheel && $(PYTHON) -m venv .venv-wheel
 	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python .venv-wheel/bin/python --no-deps dist/openmoe-*.whl
-	cd .venv-wheel && bin/openmoe --help && bin/openmoe validate quickstart && bin/openmoe quickstart train.steps=10
+	cd .venv-wheel && bin/openmoe --help && bin/openmoe validate quickstart && bin/openmoe quickstart train.steps=20
 	rm -rf .venv-wheel
 
 $(READY): requirements.lock requirements-uv.lock pyproject.toml
