@@ -109,9 +109,7 @@ def audit(manifest: Manifest, *, sample: int | None = None, report: Report = lam
         read_bytes=read_bytes,
         contradictions=contradictions,
         orphans=stated.orphans,
-        bad={
-            source.name: dict(sum((Counter(u["bad"]) for u in source.units), Counter())) for source in manifest.sources
-        },
+        bad={source.name: bad_of(source) for source in manifest.sources},
         quarantined=[f"{s.name}: {unit}" for s in manifest.sources for unit in quarantined_of(s)],
     )
 
