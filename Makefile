@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest
+# A run is a dozen Python processes: importing takes each of them 3 s of CPU, and 10 s if nothing is kept compiled.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-interop test-tpu test-faults demo-preemption check format wheel wheel-check lock clean
 
