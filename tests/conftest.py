@@ -17,7 +17,7 @@ import pytest
 from openmoe.clusters import local_ray
 from openmoe.model.config import PRESETS
 
-# The processes that tests start import the same 2,000 files again and again: 3 s of CPU each, 10 s if not kept compiled.
+# The processes that tests start import the same 2,000 files: 3 s of CPU each, and 10 s if nothing is kept compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
