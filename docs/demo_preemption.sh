@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 folder=$(mktemp -d /tmp/openmoe-demo.XXXXXX)
 export OPENMOE_HOME=$folder/home
+export JAX_COMPILATION_CACHE_DIR=$folder/compiled   # half of what one slice compiled, the other one loads: JAX keeps what rank 0 did
 notice_s=${NOTICE_S:-0}
 
 end() {

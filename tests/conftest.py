@@ -1,5 +1,6 @@
 """What all tests share: a local Ray, a GCS emulator, a cache of compiled programs, eight virtual devices."""
 
+import atexit
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,13 +23,28 @@ from openmoe.model.config import PRESETS
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
+
+def _own_temporary_folder():
+    """Makes the temporary folder of this session and all that it starts, killed or not; it is gone when tests end."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # of pytest's own, which it keeps for a while
+    folder = tempfile.mkdtemp(prefix="openmoe-tests-")
+    tempfile.tempdir = None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ |= {"OPENMOE_TESTS_TMP": folder, "TMPDIR": folder}
+
+
+if "OPENMOE_TESTS_TMP" not in os.environ:  # the processes of xdist inherit it
+    _own_temporary_folder()
+    paths = (str(Path(__file__).parent / "every_process"), os.environ.get("PYTHONPATH"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
 os.environ.update(local_ray.environment())
 # JAX in this process and, but for the devices, in those it starts: what one test compiled, the next one loads.
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
-    "JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="openmoe-jax-cache-"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    "JAX_COMPILATION_CACHE_DIR": f"{os.environ['OPENMOE_TESTS_TMP']}/jax",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
 with socket.socket() as probe:

@@ -16,10 +16,11 @@ from openmoe.model import sharding
 
 jax.config.update("jax_num_cpu_devices", 8)
 # These tests compile much and compute little: LLVM's optimizations, which come after XLA's own, would double their
-# time. Only this process is told, which reads it when it makes its devices.
+# time. Only this process is told, which reads it when it makes its devices; so what it compiles is kept apart.
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
     jax.devices()
+jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}-unoptimized")
 
 SMALL = Path(__file__).parent / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
