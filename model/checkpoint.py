@@ -1,13 +1,15 @@
-"""Saves and restores the train state, together with the loader's position, through Orbax.
+"""Saves and restores the train state, together with facts about it, through Orbax.
 
 What Orbax does: asynchronous writing by all processes, one atomic commit of a step, local paths and gs://,
-restoring onto any mesh. What is added here: the layout of a step, and a digest that proves what was restored.
+restoring onto any mesh. What is added here: the layout of a step, and digests, of all and of each array, that prove
+what was restored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +22,8 @@ from jax import Array
 from openmoe.model.interop import CheckpointError, each_once
 from openmoe.model.step import TrainState
 
+_PART_NUMBERS = 2**20  # that `sum_of` takes at a time
+
 
 class Checkpointer:
     """The checkpoints in one folder, `<directory>/<step>` each. All processes make the same calls."""
@@ -28,18 +32,18 @@ class Checkpointer:
         """Opens a folder: a local path, absolute or relative, or gs://..."""
         self._manager = ocp.CheckpointManager(_absolute(directory))
 
-    def save(self, step: int, state: TrainState, loader_state: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
         """Copies the state off the devices and goes on writing in the background.
 
         Args:
           step: names the checkpoint.
           state: may be given away (donated) as soon as this returns.
-          loader_state: JSON, the same on all processes.
+          facts: about it, the loader's position among them; JSON, the same on all processes.
 
         Raises:
           FileExistsError: the step has been saved before.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(loader_state))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loader=ocp.args.JsonSave(facts))
         if not self._manager.save(step, args=items):
             raise FileExistsError(f"{self._manager.directory}/{step}: saved before; use another folder")
 
@@ -52,7 +56,7 @@ class Checkpointer:
         self._manager.wait_until_finished()
 
     def restore(self, step: int, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state of a step, laid out as `abstract_state` says (`state_shapes`), and the loader's.
+        """Returns the state of a step, laid out as `abstract_state` says (`state_shapes`), and its facts.
 
         Raises:
           FileNotFoundError: there is no such step, or it was never committed.
@@ -61,6 +65,10 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), loader=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["loader"]
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """Returns the facts of a step, without reading its arrays; raises as `restore`."""
+        return self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
 
 
 class StoredLeaf(NamedTuple):
@@ -125,21 +133,46 @@ def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(entry, "name", getattr(entry, "key", entry))) for entry in path)
 
 
+class Examined(NamedTuple):
+    """What the bits of a tree of arrays add up to, by the arrays' names, and which arrays hold NaN or infinities."""
+
+    sums: dict[str, int]
+    not_finite: list[str]
+
+
+def examine(state: Any) -> Examined:
+    """Returns the sums of all arrays of a tree, the same however they are laid out on devices."""
+    leaves = jax.tree.leaves_with_path(state)
+    found = jax.device_get(_examined([leaf for _, leaf in leaves]))
+    names = ["/".join(_keys(path)) for path, _ in leaves]
+    return Examined(
+        {name: int(total) for name, (total, _) in zip(names, found, strict=True)},
+        [name for name, (_, finite) in zip(names, found, strict=True) if not finite],
+    )
+
+
 def checksum(state: Any) -> str:
     """Returns a digest of all bits of a tree of arrays, the same however they are laid out on devices."""
-    leaves = jax.tree.leaves_with_path(state)
-    sums = jax.device_get(_position_weighted_sums([leaf for _, leaf in leaves]))
+    return digest(state, examine(state).sums)
+
+
+def digest(like: Any, sums: Mapping[str, int]) -> str:
+    """Returns the `checksum` of a tree of these shapes and types whose arrays have these sums."""
     lines = [
-        f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {total}"
-        for (path, leaf), total in zip(leaves, sums, strict=True)
+        f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {sums['/'.join(_keys(path))]}"
+        for path, leaf in jax.tree.leaves_with_path(like)
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @jax.jit
-def _position_weighted_sums(leaves: list[Array]) -> list[Array]:
+def _examined(leaves: list[Array]) -> list[tuple[Array, Array]]:
     # One program: several small ones in flight, each waiting for all devices, can deadlock XLA's CPU threads.
-    return [_position_weighted_sum(leaf) for leaf in leaves]
+    return [(_position_weighted_sum(leaf), _is_finite(leaf)) for leaf in leaves]
+
+
+def _is_finite(leaf: Array) -> Array:
+    return jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.bool_(True)
 
 
 @jax.jit
@@ -153,3 +186,14 @@ def _position_weighted_sum(leaf: Array) -> Array:
     for axis, size in enumerate(leaf.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
     return jnp.sum(bits.astype(jnp.uint32) * (2 * index + 1), dtype=jnp.uint32)
+
+
+def sum_of(array: np.ndarray) -> int:
+    """Returns the same sum of one array on the host, to examine a checkpoint array by array."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    bits, total = flat.view({2: np.uint16, 4: np.uint32}[flat.itemsize]), 0
+    for start in range(0, len(bits), _PART_NUMBERS):
+        part = bits[start : start + _PART_NUMBERS].astype(np.uint32)
+        weights = 2 * np.arange(start, start + len(part)) + 1
+        total += int(np.sum(part * weights.astype(np.uint32), dtype=np.uint32))
+    return total % 2**32

@@ -270,22 +270,15 @@ def _restored(run: "RunDir", spec: "RunSpec", accepted: "Acceptance") -> "tuple[
 
     import jax
 
-    from openmoe.model import checkpoint, sharding, step
-    from openmoe.pipelines import storage
+    from openmoe.model import sharding, step
+    from openmoe.platform import restore
     from openmoe.platform.run_dir import RunDirError
 
-    path = run.at(accepted.checkpoint)
-    if not storage.exists(path):
-        raise RunDirError(f"{path}: acceptance {accepted.number} names this checkpoint, and it is gone")
     # gcd, since an expert axis must divide both: the experts and the devices. A dense model has 0 of them.
     expert = math.gcd(spec.model.num_experts, jax.device_count())
     mesh = sharding.make_mesh(data=jax.device_count() // expert, expert=expert)
-    folder, _, number = path.rpartition("/")
-    shapes = step.state_shapes(spec.model, spec.optimizer, mesh)
     try:
-        state, _ = checkpoint.Checkpointer(folder).restore(int(number), shapes)
-    except (ValueError, OSError, KeyError) as error:
-        raise RunDirError(f"{path}: cannot be restored ({str(error).splitlines()[0]})") from error
-    if checkpoint.checksum(state) != accepted.digest:
-        raise RunDirError(f"{path}: its bits are others than acceptance {accepted.number} says")
+        state, _ = restore.restored(run, accepted, step.state_shapes(spec.model, spec.optimizer, mesh))
+    except restore.DamagedCheckpoint as error:
+        raise RunDirError(f"{run.path}: {error}; train on, and it is passed over") from error
     return state.params, mesh

@@ -184,7 +184,7 @@ class Findings:
 def verify(
     claims: Sequence[Claim],
     acceptances: Sequence[Acceptance],
-    quarantined: Sequence[int],
+    quarantined: Iterable[int],
     records: Iterable[tuple[int, Record]],
     *,
     compare: Compare = lambda entry: None,

@@ -9,8 +9,10 @@ however late it arrives. So a zombie may write, and is never believed.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -48,6 +50,8 @@ class Acceptance:
       digest: of all leaves' bits (`checkpoint.checksum`), independent of the sharding.
       ledger_head: digest of the chain of (step, rows, batch checksum) up to this step.
       data_id: manifest of the shards it was trained on.
+      metrics: the newest value of each metric when it was saved; none of what earlier versions accepted.
+      time_s: when it was accepted; 0 of what earlier versions accepted.
     """
 
     number: int
@@ -58,6 +62,8 @@ class Acceptance:
     digest: str
     ledger_head: str
     data_id: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    time_s: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record as it stands in the file."""
@@ -74,6 +80,58 @@ def valid_acceptances(
         for a in sorted(acceptances, key=lambda a: a.number)
         if a.number not in bad and not any(c.incarnation > a.incarnation and c.resumes < a.number for c in claims)
     ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay, of those that count.
+
+    Attributes:
+      newest: so many, at least one.
+      every_steps: the first at or after each of its multiples, for ever.
+      best: so many with the lowest value of the metric.
+      metric: by its name in the records.
+    """
+
+    newest: int
+    every_steps: int | None = None
+    best: int = 0
+    metric: str = "loss"
+
+
+def kept(valid: Sequence[Acceptance], keep: Retention) -> dict[int, list[str]]:
+    """Returns why checkpoints stay, by the number of their acceptance; the others may go.
+
+    Args:
+      valid: the acceptances that count, oldest first.
+      keep: what shall stay.
+    """
+    why: dict[int, list[str]] = defaultdict(list)
+    for a in valid[-keep.newest :]:
+        why[a.number].append("newest")
+    if keep.every_steps:
+        steps = [0, *(a.step for a in valid)]
+        for before, a in zip(steps, valid, strict=False):
+            if a.step // keep.every_steps > before // keep.every_steps:
+                why[a.number].append(f"every {keep.every_steps:,} steps")
+    measured = [a for a in valid if math.isfinite(a.metrics.get(keep.metric, math.nan))]
+    for a in sorted(measured, key=lambda a: (a.metrics[keep.metric], a.number))[: keep.best]:
+        why[a.number].append(f"best {keep.metric}")
+    return dict(why)
+
+
+def removable(
+    found: Iterable[str], valid: Sequence[Acceptance], everything: Iterable[Acceptance], keep: Retention, *, writer: int
+) -> list[str]:
+    """Returns what may be removed of the folders found below checkpoints/, each as "checkpoints/<incarnation>/<name>".
+
+    What incarnation `writer` has not accepted it may be writing now; of those before it that is a leftover.
+    """
+    why = kept(valid, keep)
+    stays = {a.checkpoint for a in valid if a.number in why}
+    accepted = {a.checkpoint for a in everything}
+    owner = {path: int(path.split("/")[1]) for path in found}
+    return [p for p, n in owner.items() if p not in stays and (n < writer or (n == writer and p in accepted))]
 
 
 class BrokenLine(ValueError):

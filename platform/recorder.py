@@ -42,6 +42,8 @@ class Recorder:
         self._last = Position()
         self._last_time_s = time.time()
         self.ledger_head = ""
+        self.newest: dict[str, float] = {}  # values of the metrics that are one number
+        self.loss_tokens: int | None = 0  # loss-carrying tokens trained on; None: unknown
 
     def __enter__(self) -> Recorder:
         return self
@@ -58,9 +60,10 @@ class Recorder:
                 raise
             error.add_note(f"and its last records are lost: {failure}")  # must not hide what ended the incarnation
 
-    def begin(self, position: Position, ledger_head: str) -> None:
+    def begin(self, position: Position, ledger_head: str, loss_tokens: int | None) -> None:
         """Says where the incarnation starts; the time of the first step counts from here."""
         self._last, self.ledger_head, self._last_time_s = position, ledger_head, time.time()
+        self.loss_tokens = loss_tokens
         self._curves.begin(position.step)
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -96,6 +99,9 @@ class Recorder:
             **values,
         }
         self._last_time_s = now_s
+        self.newest = {**self.newest, **{name: value for name, value in values.items() if isinstance(value, float)}}
+        if self.loss_tokens is not None:
+            self.loss_tokens += int(values["loss_tokens"])
         if self._leads:
             self._ledger.append(ledger.to_json(entry))
             self._metrics.append(record)

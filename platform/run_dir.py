@@ -111,9 +111,16 @@ class RunDir:
         """Returns all acceptances ever written, those that do not count included."""
         return [Acceptance(**record) for record in self._records("accepted")]
 
-    def quarantined(self) -> list[int]:
-        """Returns the numbers of the acceptances that must not be restored."""
-        return [record["number"] for record in self._records("quarantined")]
+    def quarantined(self) -> dict[int, str]:
+        """Returns the numbers of the acceptances that must not be restored, and why."""
+        return {record["number"]: record["reason"] for record in self._records("quarantined")}
+
+    def stored_checkpoints(self) -> list[str]:
+        """Returns the folders that lie below checkpoints/, finished or not, relative to the run directory."""
+        incarnations = [name for name in storage.list_folders(self.at("checkpoints")) if name.isdigit()]
+        return [
+            f"checkpoints/{n}/{name}" for n in incarnations for name in storage.list_folders(self.at("checkpoints", n))
+        ]
 
     def newest_accepted(self) -> Acceptance | None:
         """Returns the acceptance a new incarnation goes on from; None means from scratch."""

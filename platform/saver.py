@@ -5,28 +5,23 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from openmoe.model import checkpoint, step
+from openmoe.model import checkpoint, interop, step
 from openmoe.pipelines import storage
-from openmoe.platform import lineage
+from openmoe.platform import lineage, restore
 from openmoe.platform.lineage import Acceptance, Claim, Position
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.spec import RunSpec
 
 
-class DamagedCheckpoint(RuntimeError):
-    """An accepted checkpoint cannot be restored to the bits that were saved."""
-
-    def __init__(self, number: int, reason: str) -> None:
-        super().__init__(number, reason)
-        self.number, self.reason = number, reason
-
-    def __str__(self) -> str:
-        return f"acceptance {self.number}: {self.reason}"
+class NonFiniteState(ArithmeticError):
+    """A parameter or a moment of the optimizer is NaN or infinite; such a state is not saved."""
 
 
 class Superseded(RuntimeError):
@@ -38,11 +33,11 @@ class Saver:
 
     def __init__(self, spec: RunSpec, run: RunDir, claim: Claim, recorder: Recorder, *, data_id: str) -> None:
         self._spec, self._run, self._claim, self._recorder = spec, run, claim, recorder
-        self._data_id = data_id
+        self._data_id, self._record = data_id, run.record()
         self._folder = f"checkpoints/{claim.incarnation:06d}"
         self._checkpointer = checkpoint.Checkpointer(run.at(self._folder))
         self._saving: tuple[Acceptance, float] | None = None
-        self._pruned: set[str] = set()
+        self._stored: set[str] | None = None  # what lies below checkpoints/, once it has been listed
 
     def restore(self, mesh: Mesh) -> tuple[step.TrainState, Position]:
         """Returns the state, in its plain form, and the position to go on from.
@@ -57,7 +52,7 @@ class Saver:
         accepted = next((a for a in self._run.acceptances() if a.number == self._claim.resumes), None)
         if accepted is None:
             state = step.init_state(spec.model, spec.optimizer, spec.seed, mesh)
-            self._recorder.begin(Position(), "")
+            self._recorder.begin(Position(), "", 0)
             return state, Position()
         if accepted.data_id != self._data_id:
             raise RunDirError(
@@ -65,18 +60,9 @@ class Saver:
                 "restore that folder, or choose another run_dir"
             )
         template = step.state_shapes(spec.model, spec.optimizer, mesh)
-        folder, _, number = accepted.checkpoint.rpartition("/")
-        try:
-            state, loader_state = checkpoint.Checkpointer(self._run.at(folder)).restore(int(number), template)
-        except (ValueError, OSError, KeyError) as error:
-            raise DamagedCheckpoint(accepted.number, f"{accepted.checkpoint}: {error}") from error
-        if (digest := checkpoint.checksum(state)) != accepted.digest:
-            raise DamagedCheckpoint(
-                accepted.number,
-                f"{accepted.checkpoint}: its bits have digest {digest}, accepted was {accepted.digest}",
-            )
-        position = Position(accepted.step, loader_state["next_row"])
-        self._recorder.begin(position, accepted.ledger_head)
+        state, facts = restore.restored(self._run, accepted, template)
+        position = Position(accepted.step, accepted.next_row)
+        self._recorder.begin(position, accepted.ledger_head, facts.get("loss_tokens"))
         self._recorder.event("restored", step=position.step, accepted=accepted.number, seconds=time.time() - start_s)
         return state, position
 
@@ -86,24 +72,48 @@ class Saver:
         return step_number % every == 0 or step_number == self._spec.train.total_steps
 
     def save(self, state: step.TrainState, position: Position) -> None:
-        """Starts an asynchronous save of a state in its plain form; `accept_committed` notices its end."""
+        """Starts an asynchronous save of a state in its plain form; `accept_committed` notices its end.
+
+        Raises:
+          NonFiniteState: it is none to go on from.
+        """
         self.wait()
         start_s = time.time()
+        examined = checkpoint.examine(state)
+        if examined.not_finite:
+            names = interop.listed(examined.not_finite)
+            raise NonFiniteState(f"step {position.step}: {names}: holds numbers that are not finite; it is not saved")
         acceptance = Acceptance(
             number=max((a.number for a in self._run.acceptances()), default=0) + 1,
             incarnation=self._claim.incarnation,
             step=position.step,
             next_row=position.next_row,
             checkpoint=f"{self._folder}/{position.step}",
-            digest=checkpoint.checksum(state),
+            digest=checkpoint.digest(state, examined.sums),
             ledger_head=self._recorder.ledger_head,
             data_id=self._data_id,
+            metrics=self._recorder.newest,
         )
         with _full_disk_named(self._run.at(acceptance.checkpoint)):
-            self._checkpointer.save(position.step, state, {"next_row": position.next_row})
+            self._checkpointer.save(position.step, state, self._facts(acceptance) | {"sums": examined.sums})
         self._saving = (acceptance, start_s)
         self._recorder.event("save_started", step=position.step, stall_s=time.time() - start_s)
         self._recorder.flush()
+
+    def _facts(self, acceptance: Acceptance) -> dict[str, Any]:
+        """Returns what lies inside a checkpoint, besides its arrays; with the spec it says what it is, wherever it is.
+
+        A step's randomness is fold_in(seed, step), so these two are the state of the random numbers.
+        """
+        train, row_tokens = self._spec.train, self._spec.data.seq_len
+        return {
+            "run": self._record["name"],
+            "spec_hash": self._record["spec_hash"],
+            "seed": self._spec.seed,
+            "tokens": acceptance.step * train.batch_rows * row_tokens,
+            "loss_tokens": self._recorder.loss_tokens,
+            **{name: getattr(acceptance, name) for name in restore.SAME_IN_BOTH},
+        }
 
     def accept_committed(self) -> None:
         """Writes the acceptance of the save in progress, if it has been committed since."""
@@ -125,21 +135,29 @@ class Saver:
         if any(claim.incarnation > self._claim.incarnation for claim in self._run.claims()):
             raise Superseded(f"incarnation {self._claim.incarnation} is no longer the newest")
         if jax.process_index() == 0:
-            acceptance = self._run.accept(acceptance)
+            acceptance = self._run.accept(replace(acceptance, time_s=time.time()))
             self._recorder.event(
                 "accepted", step=acceptance.step, number=acceptance.number, seconds=time.time() - start_s
             )
             self._recorder.flush()
-            self._prune()
+            self._prune(acceptance)
 
-    def _prune(self) -> None:
-        """Removes the checkpoints of all but the newest `keep_checkpoints` acceptances that count."""
-        everything = self._run.acceptances()
-        valid = lineage.valid_acceptances(self._run.claims(), everything, self._run.quarantined())
-        kept = {a.checkpoint for a in valid[-self._spec.train.keep_checkpoints :]}
-        for checkpoint_path in {a.checkpoint for a in everything} - kept - self._pruned:
-            storage.remove_folder(self._run.at(checkpoint_path))
-            self._pruned.add(checkpoint_path)
+    def _prune(self, newest: Acceptance) -> None:
+        """Removes the checkpoints that need not be kept, and what earlier incarnations have left unfinished."""
+        claims, everything, train = self._run.claims(), self._run.acceptances(), self._spec.train
+        valid = lineage.valid_acceptances(claims, everything, self._run.quarantined())
+        keep = lineage.Retention(
+            newest=train.keep_checkpoints,
+            every_steps=train.keep_every_steps,
+            best=train.keep_best,
+            metric=train.best_metric,
+        )
+        if newest.number not in {a.number for a in valid}:
+            return  # another has claimed the run: what stays is its affair
+        self._stored = {*(self._run.stored_checkpoints() if self._stored is None else self._stored), newest.checkpoint}
+        for path in lineage.removable(self._stored, valid, everything, keep, writer=self._claim.incarnation):
+            storage.remove_folder(self._run.at(path))
+            self._stored.discard(path)
 
 
 @contextlib.contextmanager

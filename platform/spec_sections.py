@@ -28,6 +28,13 @@ class TrainConfig(Section):
     )
     checkpoint_every_steps: int = Field(ge=1, description="Steps between checkpoints; the last step saves too.")
     keep_checkpoints: int = Field(default=3, ge=1, description="Newest checkpoints kept.")
+    keep_every_steps: int | None = Field(
+        default=None, ge=1, description="The first checkpoint at or after each multiple of it is kept for ever."
+    )
+    keep_best: int = Field(default=0, ge=0, description="So many checkpoints of the lowest best_metric are kept too.")
+    best_metric: str = Field(
+        default="loss", min_length=1, description="A metric by its name in the records, such as loss."
+    )
     sample_tokens: int = Field(default=32, ge=0, description="Tokens sampled when the run ends; 0 for none.")
 
     @model_validator(mode="after")

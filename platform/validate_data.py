@@ -50,6 +50,8 @@ def length(spec: RunSpec, epoch_rows: int | None) -> tuple[Fact, ...]:
     tokens = steps * train.batch_rows * spec.data.seq_len
     flops = tokens * counts.flops_per_token(spec.model, seq_len=spec.data.seq_len)
     every = f"every {train.checkpoint_every_steps} steps, {train.keep_checkpoints} kept"
+    every += f", one every {train.keep_every_steps} for ever" if train.keep_every_steps else ""
+    every += f", and the {train.keep_best} of the lowest {train.best_metric}" if train.keep_best else ""
     return (
         count("steps", steps),
         *([_epochs(spec, steps, epoch_rows)] if epoch_rows else ()),

@@ -215,6 +215,7 @@ def _huge_pages() -> dict[str, str]:
 _LOST_PEER_WORDS = ("gloo", "nccl", "coordination service", "heartbeat", "connection reset", "unavailable")
 _KIND_OF_NAME: Mapping[str, FailureKind] = {
     "NonFiniteLoss": "bad_numbers",
+    "NonFiniteState": "bad_numbers",
     "DamagedCheckpoint": "damaged_checkpoint",
     "Superseded": "superseded",
 }

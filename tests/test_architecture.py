@@ -49,7 +49,7 @@ PURE = (
     "ledger",
 )  # fmt: skip
 FILES = (
-    "journal", "run_dir", "recorder", "event_files", "saver", "sampling", "prefetch", "train_loop", "report",
+    "journal", "run_dir", "recorder", "event_files", "saver", "restore", "sampling", "prefetch", "train_loop", "report",
     "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data", "validate_memory",
     "facts", "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",
     "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",

@@ -73,7 +73,7 @@ def test_a_killed_driver_all_killed_and_a_damaged_checkpoint_leave_the_same_bits
     damage_largest_file(Path(run.run.at(newest.checkpoint)))
     run.start()
     run.finish()
-    assert run.run.quarantined() == [newest.number]
+    assert list(run.run.quarantined()) == [newest.number]
     assert ends(run.run) == [("damaged_checkpoint", "retry")]
     third, fourth = run.run.claims()[2:]
     assert (third.resumes, fourth.resumes) == (newest.number, newest.number - 1)

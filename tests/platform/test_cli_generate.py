@@ -161,10 +161,10 @@ def test_a_checkpoint_of_other_bits_than_were_accepted_is_refused(run, tmp_path)
     shutil.copytree(run.path, tmp_path / "copy")
     record = tmp_path / "copy/accepted/000001.json"
     record.write_text(record.read_text().replace(run.newest_accepted().digest, "0" * 64))
-    with pytest.raises(RunDirError, match="checkpoints/000001/80: its bits are others than acceptance 1 says"):
+    with pytest.raises(RunDirError, match="acceptance 1: checkpoints/000001/80: its bits have digest"):
         generate(str(tmp_path / "copy"), "The fox")
     shutil.rmtree(tmp_path / "copy/checkpoints/000001/80")
-    with pytest.raises(RunDirError, match="acceptance 1 names this checkpoint, and it is gone"):
+    with pytest.raises(RunDirError, match="acceptance 1: checkpoints/000001/80: is gone; train on"):
         generate(str(tmp_path / "copy"), "The fox")
 
 

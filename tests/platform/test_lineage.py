@@ -3,14 +3,14 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.lineage import Acceptance, Claim, trace, valid_acceptances
+from openmoe.platform.lineage import Acceptance, Claim, Retention, kept, removable, trace, valid_acceptances
 
 
 def claim(incarnation, resumes):
     return Claim(incarnation=incarnation, resumes=resumes, time_s=0.0)
 
 
-def accepted(number, incarnation, step):
+def accepted(number, incarnation, step, **metrics):
     return Acceptance(
         number=number,
         incarnation=incarnation,
@@ -20,6 +20,7 @@ def accepted(number, incarnation, step):
         digest="d",
         ledger_head="h",
         data_id="x",
+        metrics=metrics,
     )
 
 
@@ -69,3 +70,60 @@ def test_the_trace_of_any_history_is_every_step_once_in_order(history):
             acceptances.append(accepted(len(acceptances) + 1, incarnation, start + saved_after))
     steps = [r["step"] for r in trace(claims, acceptances, records)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_newest_those_of_round_steps_and_the_best_are_kept_each_with_its_reason():
+    losses = [5.0, 4.0, 4.5, float("nan"), 4.0, 6.0]
+    valid = [accepted(n, 1, 10 * n, loss=loss) for n, loss in enumerate(losses, 1)]
+    keep = Retention(newest=2, every_steps=25, best=1)
+    assert kept(valid, keep) == {
+        2: ["best loss"],
+        3: ["every 25 steps"],
+        5: ["newest", "every 25 steps"],
+        6: ["newest"],
+    }
+    assert kept(valid, Retention(newest=1, best=2, metric="eval/loss")) == {6: ["newest"]}
+    assert kept([], keep) == {}
+
+
+def test_a_leftover_of_a_dead_incarnation_goes_and_a_save_that_is_under_way_stays():
+    everything = [accepted(1, 1, 20), accepted(2, 1, 40), accepted(3, 2, 40), accepted(4, 2, 60)]
+    valid = valid_acceptances([claim(1, 0), claim(2, 1)], everything)
+    found = ["1/20", "1/40", "1/60.orbax-checkpoint-tmp", "2/40", "2/60", "2/80.orbax-checkpoint-tmp", "2/80", "3/60"]
+    found = [f"checkpoints/00000{name}" for name in found]
+    gone = removable(found, valid, everything, Retention(newest=1), writer=2)
+    assert gone == [found[i] for i in (0, 1, 2, 3)]
+
+
+@st.composite
+def histories(draw):
+    """Claims, acceptances and quarantined numbers as incarnations leave them, zombies included."""
+    claims, everything, quarantined = [], [], set()
+    for incarnation in range(1, draw(st.integers(1, 5)) + 1):
+        valid = valid_acceptances(claims, everything, quarantined)
+        claims.append(claim(incarnation, valid[-1].number if valid else 0))
+        for _ in range(draw(st.integers(0, 4))):
+            writer = draw(st.integers(1, incarnation)) if draw(st.booleans()) else incarnation
+            step, loss = draw(st.integers(1, 12)), draw(st.sampled_from([1.0, 2.0, 3.0, float("inf")]))
+            everything.append(accepted(len(everything) + 1, writer, step, loss=loss))
+        quarantined |= draw(st.sets(st.integers(1, len(everything) + 1), max_size=1))
+    return claims, everything, quarantined
+
+
+@given(
+    histories(),
+    st.builds(Retention, newest=st.integers(1, 3), every_steps=st.none() | st.integers(1, 4), best=st.integers(0, 2)),
+)
+def test_whatever_happened_what_is_removed_is_never_wanted(history, keep):
+    claims, everything, quarantined = history
+    valid, writer = valid_acceptances(claims, everything, quarantined), claims[-1].incarnation
+    being_written = f"checkpoints/{writer:06d}/99"
+    found = {a.checkpoint for a in everything} | {being_written}
+    gone = set(removable(found, valid, everything, keep, writer=writer))
+    stays, why = {a.checkpoint for a in valid if a.checkpoint not in gone}, kept(valid, keep)
+    assert being_written not in gone
+    assert {a.checkpoint for a in valid if a.number in why} <= stays
+    assert {a.checkpoint for a in valid[-keep.newest :]} <= stays
+    losses = sorted(a.metrics["loss"] for a in valid if a.metrics["loss"] < 9)
+    assert sorted(a.metrics["loss"] for a in valid if "best loss" in why.get(a.number, ())) == losses[: keep.best]
+    assert gone == found - {a.checkpoint for a in valid if a.number in why} - {being_written}

@@ -129,6 +129,8 @@ def test_the_data_has_the_seed_of_the_run():
         "sample_corpus=/elsewhere",
         "train.steps=1000",
         "train.keep_checkpoints=9",
+        "train.keep_every_steps=40",
+        "train.keep_best=2",
         "train.checkpoint_every_steps=5",
         "train.sample_tokens=0",
         "data.sources.0.max_bad_share=0.5",
@@ -218,7 +220,7 @@ def test_every_setting_is_described_for_the_editor():
 # and say in the commit why no existing setting will do.
 NUM_FIELDS = {
     spec.RunSpec: 13,
-    spec_sections.TrainConfig: 7,
+    spec_sections.TrainConfig: 10,
     spec_sections.MeshConfig: 4,
     spec_sections.ClusterConfig: 15,
     spec_sections.BudgetsConfig: 8,

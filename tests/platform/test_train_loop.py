@@ -18,8 +18,9 @@ from openmoe.platform import cli, journal, ledger, ledger_data, report, spec
 from openmoe.platform.ledger_data import Comparison
 from openmoe.platform.lineage import Position
 from openmoe.platform.recorder import NonFiniteLoss
+from openmoe.platform.restore import DamagedCheckpoint
 from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.saver import DamagedCheckpoint, Superseded
+from openmoe.platform.saver import Superseded
 from openmoe.platform.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)

@@ -11,8 +11,9 @@ from openmoe.pipelines.config import DataError
 from openmoe.pipelines.storage import StorageError
 from openmoe.platform import spec, verdict, worker_group
 from openmoe.platform.recorder import NonFiniteLoss
+from openmoe.platform.restore import DamagedCheckpoint
 from openmoe.platform.run_dir import RunDirError
-from openmoe.platform.saver import DamagedCheckpoint, Superseded
+from openmoe.platform.saver import Superseded
 from openmoe.platform.spec import ClusterConfig
 from openmoe.platform.verdict import Failure
 

@@ -1,0 +1,204 @@
+"""What becomes of a checkpoint on a disk, and what is said about it; the same bits on any mesh."""
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openmoe.model import checkpoint, sharding, step
+from openmoe.platform import restore, spec
+from openmoe.platform.lineage import Claim, Position
+from openmoe.platform.recorder import Recorder
+from openmoe.platform.restore import DamagedCheckpoint
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.saver import NonFiniteState, Saver
+
+SETTINGS = (
+    *("model.num_layers=2", "model.d_model=32", "model.d_ff=32", "model.head_dim=8", "model.group_size=128"),
+    *("data.seq_len=128", "train.batch_rows=8", "mesh.expert=1", "cluster.num_workers=1"),
+    "cluster.devices_per_worker=1",
+)
+EMBEDDING = "params/token_embedder/embedding"
+
+
+def mesh_of(**axes):
+    return sharding.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Its spec, its state, and a run with one accepted checkpoint, of step 2 (change nothing)."""
+    loaded = spec.load("quickstart", [*SETTINGS, f"run_dir={tmp_path_factory.mktemp('made')}/run"])
+    state = step.init_state(loaded.model, loaded.optimizer, 0, mesh_of(data=1))
+    return loaded, state, accept(loaded, state)
+
+
+def accept(loaded, state, at=2):
+    """A run whose first incarnation has saved `state`."""
+    run = RunDir(loaded.run_dir)
+    run.create(loaded)
+    with Recorder(run, run.claim(), lambda record: None, row_tokens=128) as recorder:
+        recorder.begin(Position(), "", 0)
+        recorder.newest = {"loss": 5.5}
+        saver = Saver(loaded, run, Claim(incarnation=1, resumes=0, time_s=0.0), recorder, data_id="rows")
+        saver.save(state, Position(at, 8 * at))
+        saver.wait()
+    return run
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(made[2].path, tmp_path / "run")
+    return RunDir(str(tmp_path / "run"))
+
+
+def restored(run, loaded, mesh=None):
+    return restore.restored(
+        run, run.acceptances()[0], step.state_shapes(loaded.model, loaded.optimizer, mesh or mesh_of(data=1))
+    )
+
+
+def replace_state(run, state, facts):
+    """Saves another state in the place of the accepted one, as sound as Orbax can tell."""
+    folder = Path(run.at("checkpoints/000001"))
+    shutil.rmtree(folder / "2")
+    checkpointer = checkpoint.Checkpointer(str(folder))
+    checkpointer.save(2, state, facts)
+    checkpointer.wait()
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 8}, {"fsdp": 2, "expert": 2, "tensor": 2}, {"data": 2, "fsdp": 4}, {"expert": 4}, {"tensor": 2}]
+)
+def test_the_same_bits_come_back_on_any_split_of_any_number_of_devices(made, axes):
+    loaded, state, run = made
+    found, facts = restored(run, loaded, mesh_of(**axes))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
+    assert all(len(leaf.sharding.device_set) == np.prod(list(axes.values())) for leaf in jax.tree.leaves(found))
+    assert facts["next_row"] == 16
+
+
+def test_a_checkpoint_says_what_it_is_wherever_it_is(made):
+    loaded, state, run = made
+    _, facts = restored(run, loaded)
+    sums = facts.pop("sums")
+    assert facts == {
+        "run": "quickstart", "spec_hash": spec.spec_hash(loaded), "seed": 0, "incarnation": 1, "step": 2,
+        "next_row": 16, "tokens": 2 * 8 * 128, "loss_tokens": 0, "data_id": "rows", "ledger_head": "",
+    }  # fmt: skip
+    assert sums[EMBEDDING] == checkpoint.sum_of(np.asarray(state.params["token_embedder"]["embedding"]))
+    [accepted] = run.acceptances()
+    assert checkpoint.digest(state, sums) == accepted.digest
+    assert accepted.metrics == {"loss": 5.5}
+    assert accepted.time_s > 1.7e9
+
+
+def test_what_earlier_versions_saved_and_accepted_is_read(made, run):
+    loaded, state, _ = made
+    replace_state(run, state, {"next_row": 16})
+    record = Path(run.at("accepted/000001.json"))
+    old = {k: v for k, v in json.loads(record.read_text()).items() if k not in ("metrics", "time_s")}
+    record.write_text(json.dumps(old))
+    _, facts = restored(run, loaded)
+    assert facts == {"next_row": 16}
+    assert (run.acceptances()[0].metrics, run.acceptances()[0].time_s) == ({}, 0.0)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax was reading besides
+def test_whichever_file_is_damaged_the_bits_are_right_or_the_checkpoint_is_refused_in_one_line(made, run):
+    loaded, state, _ = made
+    folder, refused, damages = Path(run.at("checkpoints/000001/2")), {}, (flip, truncate, Path.unlink)
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda path: (path.stat().st_size, path.name))
+    for path, damage in zip(files, itertools.cycle(damages), strict=False):
+        content = path.read_bytes()
+        damage(path)
+        try:
+            found, _ = restored(run, loaded)
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(state))
+        except DamagedCheckpoint as error:
+            refused[str(path.relative_to(folder))] = str(error)
+        path.write_bytes(content)
+    assert refused.keys() >= {"state/_METADATA", "state/manifest.ocdbt"}
+    assert any(name.startswith("state/d/") for name in refused)
+    for error in refused.values():
+        assert error.startswith("acceptance 1: checkpoints/000001/2: ")
+        assert len(error.splitlines()) == 1
+        assert len(error) < 600
+
+
+def test_a_checkpoint_that_is_gone_is_named(made, run):
+    shutil.rmtree(run.at("checkpoints/000001/2"))
+    with pytest.raises(DamagedCheckpoint, match="acceptance 1: checkpoints/000001/2: is gone"):
+        restored(run, made[0])
+
+
+def test_a_changed_number_of_the_facts_is_named(made, run):
+    path = Path(run.at("checkpoints/000001/2/loader/metadata"))
+    path.write_text(path.read_text().replace('"next_row": 16', '"next_row": 17'))
+    with pytest.raises(DamagedCheckpoint, match="not the one that was accepted: its next_row is 17, accepted was 16"):
+        restored(run, made[0])
+
+
+def test_a_checkpoint_of_another_run_is_named_as_such(made, run, tmp_path):
+    other = spec.load("quickstart", [*SETTINGS, "seed=7", "name=other", f"run_dir={tmp_path}/other"])
+    accept(other, made[1])
+    shutil.rmtree(run.at("checkpoints"))
+    shutil.copytree(f"{other.run_dir}/checkpoints", run.at("checkpoints"))
+    with pytest.raises(
+        DamagedCheckpoint, match=r"checkpoints/000001/2: is of another run, other \(spec hash [0-9a-f]{16}\)"
+    ):
+        restored(run, made[0])
+
+
+def test_a_changed_bit_is_named_with_its_array_even_if_storage_has_not_noticed(made, run):
+    loaded, state, _ = made
+    _, facts = restored(run, loaded)
+    embedding = state.params["token_embedder"]["embedding"]
+    bits = embedding.view(jnp.uint32).at[3, 5].set(embedding.view(jnp.uint32)[3, 5] ^ 1)
+    changed = state._replace(params={**state.params, "token_embedder": {"embedding": bits.view(jnp.float32)}})
+    replace_state(run, changed, facts)
+    with pytest.raises(DamagedCheckpoint, match=f"000001/2: {EMBEDDING}: the bits are others than were saved"):
+        restored(run, loaded)
+    replace_state(run, changed, {"next_row": 16})
+    with pytest.raises(DamagedCheckpoint, match="000001/2: its bits have digest "):
+        restored(run, loaded)
+
+
+def test_a_state_that_is_not_finite_is_neither_saved_nor_restored(made, tmp_path):
+    loaded, state, _ = made
+    norm = state.params["decoder"]["decoder_norm"]
+    norm = {"scale": norm["scale"].at[4].set(jnp.nan)}
+    bad = state._replace(params={**state.params, "decoder": {**state.params["decoder"], "decoder_norm": norm}})
+    elsewhere = loaded.model_copy(update={"run_dir": f"{tmp_path}/bad"})
+    with pytest.raises(NonFiniteState, match="step 2: params/decoder/decoder_norm/scale: holds numbers that are not"):
+        accept(elsewhere, bad)
+    run = accept(loaded.model_copy(update={"run_dir": f"{tmp_path}/old"}), state)
+    replace_state(run, bad, {"next_row": 16})
+    accepted = replace(run.acceptances()[0], digest=checkpoint.checksum(bad))
+    with pytest.raises(DamagedCheckpoint, match="params/decoder/decoder_norm/scale: holds numbers that are not finite"):
+        restore.restored(run, accepted, step.state_shapes(loaded.model, loaded.optimizer, mesh_of(data=1)))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 2**9)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_host_and_devices_add_up_the_same_bits(shape, dtype, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_PART_NUMBERS", 7)
+    array = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 1e6).astype(dtype))
+    assert checkpoint.examine({"a": array}).sums == {"a": checkpoint.sum_of(array)}
