@@ -16,6 +16,7 @@ from openmoe.platform import (
     cli_generate,
     cli_jobs,
     cli_ledger,
+    cli_plan,
     cli_render,
     cli_schedule,
     tables,
@@ -113,6 +114,7 @@ app.command()(cli_jobs.submit)
 app.command()(cli_convert.convert)
 app.command()(cli_dashboard.dashboard)
 app.command()(cli_generate.generate)
+app.command()(cli_plan.plan)
 
 
 @app.command()

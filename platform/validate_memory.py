@@ -1,10 +1,13 @@
-"""How much memory a model and a run take: estimates, from the settings alone.
+"""How much memory a model and a run take: estimates, from the settings alone, held to the TPU compiler's by a test.
 
 Assumed: parameters, gradients and optimizer state are float32, and divided as model/sharding.py says; norms and
-routers, which are small, count as divided too. What the compiler adds is not known here.
+routers, which are small, count as divided too. A step is largest either in the backward pass of a block, or at the
+vocabulary; what blocks keep for the backward pass is there in both.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from openmoe.model import counts
 from openmoe.model.config import ExecutionConfig, ModelConfig, OptimizerConfig
@@ -26,28 +29,71 @@ def by_dtype(model: ModelConfig) -> tuple[Fact, ...]:
     )
 
 
-def per_device(spec: RunSpec) -> tuple[Fact, ...]:
+class Memory(NamedTuple):
+    """What one device of a run holds when it holds most, in bytes.
+
+    Attributes:
+      parameters: its share.
+      gradients: its share; a second time when they are summed over microbatches or parts.
+      optimizer: its share of the state.
+      activations: what the blocks keep for the backward pass; without remat their kernels too, gathered and rounded.
+      working: kernels of a block gathered along fsdp, their gradients and all values of the block; or the same of
+        the vocabulary, with the logits of a block of positions.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def estimate(spec: RunSpec) -> Memory:
     """Returns what one device of a run holds."""
     model, mesh, execution = spec.model, spec.mesh, spec.execution
-    slices = mesh.fsdp * mesh.tensor
     experts = counts.parameter_counts(model).experts
     shared = counts.parameter_counts(model).total - experts
-    parameters = FLOAT32_BYTES * (shared + experts // mesh.expert) // slices
+    used = (shared + experts // mesh.expert) // mesh.tensor  # of a device when gathered along fsdp
+    parameters = FLOAT32_BYTES * used // mesh.fsdp
     is_summed = spec.train.microbatches * execution.accumulation_steps > 1
-    gradients = parameters * (2 if is_summed else 1)
     state_shared, state_experts = adafactor_elements(model, spec.optimizer)
-    state = FLOAT32_BYTES * (state_shared + state_experts // mesh.expert) // slices
     rows = spec.train.batch_rows // spec.train.microbatches // mesh.num_batch_shares // execution.accumulation_steps
     fused = execution.attention == "auto" and spec.cluster.accelerator != "cpu"
-    activations = activation_bytes(model, execution, rows=rows, seq_len=spec.data.seq_len, fused_attention=fused)
-    total = parameters + gradients + state + activations
-    kept = {"none": "nothing recomputed", "dots": "products kept", "full": "blocks recomputed"}[execution.remat]
+    kept, block = activation_bytes(
+        model, execution, rows=rows, seq_len=spec.data.seq_len, fused_attention=fused, tensor=mesh.tensor
+    )
+    size, vocabulary = DTYPE_BYTES[model.dtype], FLOAT32_BYTES * model.vocab_size * model.d_model // mesh.tensor
+    kernels = used - 2 * vocabulary // FLOAT32_BYTES
+    of_block = kernels * model.block_layers // model.num_layers
+    block += of_block * (size + (FLOAT32_BYTES if mesh.fsdp > 1 else size))
+    logits = FLOAT32_BYTES * min(rows * spec.data.seq_len * model.vocab_size // mesh.tensor, counts.BLOCK_LOGITS)
+    head = 2 * vocabulary + 4 * logits
+    return Memory(
+        parameters=parameters,
+        gradients=parameters * (2 if is_summed else 1),
+        optimizer=FLOAT32_BYTES * (state_shared + state_experts // mesh.expert) // (mesh.fsdp * mesh.tensor),
+        activations=kept + (size * kernels if execution.remat == "none" else 0),
+        working=max(block, head),
+    )
+
+
+def per_device(spec: RunSpec) -> tuple[Fact, ...]:
+    """Returns what one device of a run holds, as facts."""
+    memory, parts = estimate(spec), spec.execution.accumulation_steps
+    rows = spec.train.batch_rows // spec.train.microbatches // spec.mesh.num_batch_shares // parts
+    kept = {"none": "nothing recomputed", "dots": "products kept", "full": "blocks recomputed"}[spec.execution.remat]
     return (
-        num_bytes("parameters", parameters, "estimate: float32, experts over expert, all over fsdp and tensor"),
-        num_bytes("gradients", gradients, "estimate: float32; twice when summed over microbatches or parts"),
-        num_bytes("optimizer", state, "estimate: Adafactor's row and column moments"),
-        num_bytes("activations", activations, f"estimate: {rows} rows at a time, {kept}"),
-        num_bytes("total", total, "estimate, without what the compiler adds"),
+        num_bytes("parameters", memory.parameters, "estimate: float32, experts over expert, all over fsdp and tensor"),
+        num_bytes("gradients", memory.gradients, "estimate: float32; twice when summed over microbatches or parts"),
+        num_bytes("optimizer", memory.optimizer, "estimate: Adafactor's row and column moments"),
+        num_bytes("activations", memory.activations, f"estimate: {rows} rows at a time, {kept}"),
+        num_bytes("working", memory.working, "estimate: kernels, gradients, values of a block, or of the vocabulary"),
+        num_bytes("total", memory.total, "estimate; `openmoe plan --compile` asks the TPU compiler"),
     )
 
 
@@ -77,28 +123,29 @@ def adafactor_elements(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[
 
 
 def activation_bytes(
-    model: ModelConfig, execution: ExecutionConfig, *, rows: int, seq_len: int, fused_attention: bool
-) -> int:
-    """Returns an estimate of what one device keeps of `rows` rows for the backward pass.
+    model: ModelConfig, execution: ExecutionConfig, *, rows: int, seq_len: int, fused_attention: bool, tensor: int = 1
+) -> tuple[int, int]:
+    """Returns an estimate of the values that one device has of `rows` rows: (kept for the backward pass, of a block).
 
-    A token keeps, in each layer: two block inputs, queries, keys, values and the attention's output, seq_len attention
-    weights a head unless attention is one kernel, and a feed-forward block's input and 4 * d_ff inner values; in an
-    MoE layer also its expert places with input, inner values and output. With remat it keeps, of each block, its input
-    in float32, or that and the products, and all of one block at a time. Logits and their gradients are formed in
-    blocks of positions, in float32.
+    Kept of a token, in each layer: with remat full a block's input in float32; with dots that and the products; with
+    none what the derivative reads, as XLA keeps it between blocks: two float32 and two more of each norm, queries,
+    keys, values and the attention's output and input, 8 * d_ff of a feed-forward block, the same of an expert place.
+    A block that is computed again has less at a time, since XLA fuses and orders it: 6 * d_ff instead of 8. Attention
+    that is no kernel has seq_len weights a head in both. Inner values are divided over `tensor`.
     """
-    inner, tokens = model.num_heads * model.head_dim, rows * seq_len
-    ffn, expert = model.d_model + 4 * model.d_ff, model.d_model + 4 * model.expert_width
-    attention_weights = 0 if fused_attention else model.num_heads * seq_len
-    places = 0.0
-    if model.num_experts:
-        asked = model.top_k if model.dropless or model.capacity_counts_top_k else 1
-        places = asked * (1 if model.dropless else model.capacity_factor_train)
-    whole = model.num_layers * (2 * model.d_model + 4 * inner + attention_weights + ffn)
-    whole += model.num_moe_layers * places * (expert + model.d_model)
-    products = model.num_layers * (2 * model.d_model + 3 * inner + 3 * model.d_ff)
-    num_blocks = model.num_layers // model.block_layers
-    inputs = 2 * num_blocks * model.d_model
-    values = {"none": whole, "dots": inputs + products + whole / num_blocks, "full": inputs + whole / num_blocks}
-    logits = 2 * FLOAT32_BYTES * min(tokens * model.vocab_size, counts.BLOCK_LOGITS)
-    return round(tokens * DTYPE_BYTES[model.dtype] * values[execution.remat]) + logits
+    inner, d_model, tokens = model.num_heads * model.head_dim / tensor, model.d_model, rows * seq_len
+    d_ff, width = model.d_ff / tensor, model.expert_width / tensor
+    weights = 0 if fused_attention else model.num_heads * seq_len / tensor
+    asked = model.top_k if model.dropless or model.capacity_counts_top_k else 1
+    places = asked * (1 if model.dropless else model.capacity_factor_train) if model.num_experts else 0.0
+    layers, moe_layers, num_blocks = model.num_layers, model.num_moe_layers, model.num_layers // model.block_layers
+    inputs = 2 * num_blocks * d_model
+    norms = 2 * layers + (moe_layers if model.extra_mlp == "after" else 0)
+    derivatives = layers * (5 * inner + 8 * d_ff + weights) + 6 * norms * d_model
+    derivatives += moe_layers * (places * (8 * width + d_model) + (2 + model.top_k) * d_model)
+    products = layers * (2 * d_model + 3 * inner + 3 * d_ff)
+    at_once = layers * (3 * d_model + 4 * inner + weights + 6 * d_ff) + moe_layers * places * (2 * d_model + 6 * width)
+    kept = {"none": derivatives, "dots": inputs + products, "full": inputs}[execution.remat]
+    again = {"none": 0, "dots": at_once - products, "full": at_once}[execution.remat]
+    size = tokens * DTYPE_BYTES[model.dtype]
+    return round(size * kept), round(size * again / num_blocks)

@@ -1,5 +1,6 @@
 """Derived numbers of a run file, against values worked out by hand."""
 
+import numpy as np
 import pytest
 
 from openmoe.model.config import PRESETS, ExecutionConfig, OptimizerConfig
@@ -71,16 +72,38 @@ def test_adafactor_keeps_rows_and_columns_of_large_matrices_only():
     assert experts == 2 * 8 * (640 + 384 + 384)
 
 
-@pytest.mark.parametrize(("remat", "gibibytes"), [("none", 11.78), ("dots", 10.76), ("full", 3.82)])
-def test_activations_of_the_8b_shrink_with_what_is_recomputed(remat, gibibytes):
+@pytest.mark.parametrize(
+    ("remat", "kept_gib", "at_once_gib"), [("none", 22.52, 0), ("dots", 7.06, 1.87), ("full", 0.125, 3.60)]
+)
+def test_activations_of_the_8b_shrink_with_what_is_recomputed(remat, kept_gib, at_once_gib):
+    """What XLA carries from block to block for a v4 at dots is 7.06 GiB, at none 22.4, kernels left out."""
     model, execution = PRESETS["openmoe-8b"], ExecutionConfig(remat=remat)
-    found = validate_memory.activation_bytes(model, execution, rows=2, seq_len=2048, fused_attention=True)
-    assert found / 2**30 == pytest.approx(gibibytes, abs=0.05)
-    logits = 2 * 4 * 2**27
-    unfused = validate_memory.activation_bytes(model, execution, rows=2, seq_len=2048, fused_attention=False)
-    four = validate_memory.activation_bytes(model, execution, rows=4, seq_len=2048, fused_attention=True)
-    assert unfused > found
-    assert four - logits == 2 * (found - logits)
+
+    def gib(rows, fused):
+        return np.asarray(
+            validate_memory.activation_bytes(model, execution, rows=rows, seq_len=2048, fused_attention=fused)
+        ) / 2**30  # fmt: skip
+
+    assert gib(2, True) == pytest.approx((kept_gib, at_once_gib), abs=0.01)
+    assert gib(4, True) == pytest.approx(2 * gib(2, True))
+    assert sum(gib(2, False)) >= sum(gib(2, True))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat", "microbatches", "peak_gib"),
+    [
+        ("{fsdp: 8, expert: 8}", "full", 8, 14.26),
+        ("{fsdp: 2, expert: 32}", "full", 8, 25.73),
+        ("{fsdp: 8, expert: 8}", "dots", 8, 17.99),
+        ("{fsdp: 8, expert: 8}", "none", 8, 38.51),
+        ("{fsdp: 8, expert: 8}", "full", 1, 12.24),
+    ],
+)
+def test_the_estimate_is_near_what_the_tpu_compiler_takes(mesh, remat, microbatches, peak_gib):
+    """Peaks of libtpu 0.0.42.1 for the 8B model on a v4 of 4x4x4, a v5p for the last, with scanned blocks."""
+    run = spec.load("openmoe_8b", [f"mesh={mesh}", f"execution.remat={remat}", f"train.microbatches={microbatches}",
+                                   f"train.batch_rows={128 * microbatches}"])  # fmt: skip
+    assert validate_memory.estimate(run).total / 2**30 == pytest.approx(peak_gib, rel=0.1)
 
 
 def test_sharded_parameters_take_their_share_of_a_device():

@@ -1,0 +1,127 @@
+"""The page docs/planning.md: every preset on the usual machines, as the estimates have it."""
+
+from __future__ import annotations
+
+from openmoe.model import counts
+from openmoe.model.config import PRESETS, ModelConfig
+from openmoe.platform import plan, spec_checks
+from openmoe.platform.facts import listed, short
+from openmoe.platform.plan_assumptions import Assumptions
+from openmoe.platform.plan_hardware import Machines, parse
+from openmoe.platform.spec import RunSpec
+from openmoe.platform.spec_errors import SpecError
+
+TOPOLOGIES = ("v4-32", "v4-128", "v4-256", "v5p-64", "v5p-128", "v5e-256", "v6e-256")
+COLUMNS = (
+    *("preset", "slice", "chips", "mesh", "remat", "parts", "memory, GiB", "of", "fits"),
+    *("ways that fit", "step, s", "tokens/s", "limit"),
+)
+
+
+def table(spec: RunSpec, assumptions: Assumptions) -> list[tuple[str, ...]]:
+    """Returns a row of COLUMNS for each preset on each of TOPOLOGIES, with the batch of this run."""
+    return [
+        _row(name, model, machines, spec, assumptions)
+        for name, model in PRESETS.items()
+        for machines in map(parse, TOPOLOGIES)
+    ]
+
+
+def _row(name: str, model: ModelConfig, machines: Machines, spec: RunSpec, assumptions: Assumptions) -> tuple[str, ...]:
+    first = (name, machines.name, str(machines.chips))
+    try:
+        found = plan.plan(spec.model_copy(update={"model": model}), machines, assumptions, spot=False, keep_own=False)
+    except SpecError:
+        return (*first, "none holds whole groups", "", "", "", "", "no", "0 of 0", "", "", "")
+    execution, fitting = found.way.spec.execution, sum(way.fits for way in found.ways)
+    return (
+        *first,
+        str(found.way.spec.mesh),
+        execution.remat,
+        str(execution.accumulation_steps),
+        f"{found.way.memory_bytes / 2**30:.1f}",
+        f"{machines.chip.usable_bytes / 2**30:.1f}",
+        "yes" if found.way.fits else "no",
+        f"{fitting} of {len(found.ways)}",
+        f"{found.step_s:.2f}",
+        short(found.tokens_per_s),
+        found.way.bound.limited_by,
+    )
+
+
+def legal(spec: RunSpec) -> list[tuple[str, ...]]:
+    """Returns for each preset over how many devices its rows, experts, parameters and widths may be divided."""
+    rows = spec.train.batch_rows // spec.train.microbatches
+    found = []
+    for name, model in PRESETS.items():
+        flat = spec_checks.legal_meshes(model, rows=rows, seq_len=spec.data.seq_len)
+        shares = sorted({mesh.data * mesh.expert for mesh in flat})
+        experts = sorted({mesh.expert for mesh in flat})
+        widths = (model.num_heads, model.d_ff, model.expert_width, model.vocab_size)
+        tensor = [n for n in range(1, model.num_heads + 1) if not any(width % n for width in widths)]
+        total = short(counts.parameter_counts(model).total)
+        found.append((name, total, str(model.group_size), listed(shares), listed(experts), listed(tensor)))
+    return found
+
+
+def page(spec: RunSpec, assumptions: Assumptions, command: str) -> str:
+    """Returns the page; `command` wrote it."""
+    rows = spec.train.batch_rows // spec.train.microbatches
+    batch = f"{spec.train.batch_rows} rows of {spec.data.seq_len} tokens"
+    return _PAGE.format(
+        command=command,
+        batch=f"{batch}, {spec.train.microbatches} microbatches of {rows}",
+        mfu=f"{assumptions.mfu:.0%}",
+        table=_markdown(COLUMNS, table(spec, assumptions)),
+        legal=_markdown(("preset", "parameters", "group", "data x fsdp x expert", "expert", "tensor"), legal(spec)),
+    )
+
+
+def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_PAGE = """<!-- Written by `{command}`; edits are lost. The text is in platform/plan_page.py. -->
+# Planning a run
+
+    openmoe plan RUN.yaml                                          on the slices that the file names
+    openmoe plan RUN.yaml --topology v4-128 --topology v5p-64      on others, beside each other
+    openmoe plan RUN.yaml --topology 2xv4-128                      on two slices
+    openmoe plan RUN.yaml --on-demand --mfu 0.4                    assuming something else
+    openmoe plan RUN.yaml --assumptions FILE --assume preemptions.hours_between=2
+    openmoe plan RUN.yaml --topology v4-128 --compile              asks the TPU compiler too; needs the extra `tpu`
+
+It answers before anything is rented: which meshes are legal, which of them fit, with what remat and how many rows at
+a time; what a step computes, moves and exchanges; how long all steps take and what they cost, preemptions included.
+The run file's own mesh is taken where it is for so many chips and fits, else the best one. Mesh, remat and
+`accumulation_steps` change no mathematics: what is proposed can be written into the file of a run under way.
+
+- **Names.** v4-128 and v5p-128 count TensorCores, two a chip: 64 chips. v5e-256, v6e-256 and h100-16 count chips.
+- **Legal.** A device holds whole routing groups; `openmoe validate` uses the same checks. The product of data, fsdp
+  and expert divides a microbatch into whole groups; expert divides the experts, fsdp d_model, tensor heads and widths.
+  Between slices only the data axis may lie.
+- **Memory** is an estimate of what the TPU compiler calls its peak; a test compares the two. It fits where a tenth of
+  what a program may take is left.
+- **Best** is the way that fits with the least time if arithmetic, memory and links ran at their peak one after the
+  other.
+- **Speed** is an assumption: a share (mfu) of the chips' bfloat16 peak, model FLOPs alone, or less where memory or
+  links do not allow so much. No accelerator has run this code. Measure yours and give it with `--mfu`.
+- **Time and money** are drawn up to 400 times with a fixed seed: intervals between preemptions and waits for machines
+  are exponential; each preemption costs a restart and what was done since the last checkpoint. Shown are the median,
+  and what one in ten stays below or exceeds. Prices, rates and waits are in `platform/plan_assumptions.yaml`, with the
+  date of the prices. Nothing is fetched: put in your own.
+
+## Every preset on the usual slices
+
+{batch}; at {mfu} of the peak. "parts" is `accumulation_steps`, "limit" what a step would wait for if all else were
+free. The smallest models will not reach such a share of the peak of so many chips.
+
+{table}
+
+## Legal meshes
+
+With these microbatches. What is said of data x fsdp x expert may lie on any of the three as the others' rules allow.
+
+{legal}
+"""
