@@ -42,14 +42,20 @@ def make_mesh(
 ) -> Mesh:
     """Returns a mesh of data x fsdp x expert x tensor devices; all devices of the process group if none are given.
 
-    The axis that exchanges most varies fastest, so its exchanges stay between neighbours.
+    The axis that exchanges most varies fastest, so its exchanges stay between neighbours. TPU slices, between which
+    there is only the network, come one after the other: where their number divides `data`, that axis alone crosses it.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = sorted(jax.devices() if devices is None else devices, key=slice_of)
     shape = (data, fsdp, expert, tensor)
     if len(devices) != np.prod(shape):
         sizes = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise ValueError(f"mesh: {sizes} needs {np.prod(shape)} devices, got {len(devices)}")
     return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def slice_of(device: jax.Device) -> int:
+    """Returns the number of the TPU slice that a device belongs to; 0 for all that are none."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def num_batch_shares(mesh: Mesh) -> int:

@@ -132,6 +132,7 @@ class Attempt:
             self._step, self._rendered_groups = self._run.step_of(claim.resumes), 0
             steps = self._spec.train.total_steps
             self._show.say(f"incarnation {claim.incarnation} starts at step {self._step} of {steps}")
+            self._show.say(f"mesh {self._spec.mesh} on {self._spec.cluster}")
             try:
                 evidence = self._incarnate(claim, journal, check)
             except Stopped:

@@ -4,6 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from openmoe.clusters import tpu
+
 
 class Section(BaseModel):
     """Part of a run file: frozen, of exact types, without unknown keys."""
@@ -118,6 +120,18 @@ class ClusterConfig(Section):
     dashboard_port: int | None = Field(
         default=None, ge=1024, le=65535, description="Port of Ray's dashboard; without one it is not started."
     )
+
+    def __str__(self) -> str:
+        slices = f" in {self.num_slices} slices of {self.topology}" if self.num_slices > 1 else ""
+        return f"{self.num_workers} workers with {self.devices_per_worker} {self.accelerator} devices each{slices}"
+
+    @property
+    def num_slices(self) -> int:
+        """TPU slices of all workers together; 1 where there are none, or none that is known."""
+        kinds = [kind for kind in tpu.GENERATIONS if tpu.ray_accelerator_type(kind) == self.accelerator_type]
+        if self.accelerator != "tpu" or not kinds or self.topology is None:
+            return 1
+        return max(self.num_workers // tpu.hosts_per_slice(kinds[0], self.topology), 1)
 
 
 class BudgetsConfig(Section):

@@ -104,9 +104,12 @@ def check_process_group(spec: RunSpec) -> None:
             f"cluster: the JAX process group has {found[0]} processes and {found[1]} devices, the run file says "
             f"num_workers={wanted[0]} x devices_per_worker={spec.cluster.devices_per_worker}"
         )
+    slices = len({sharding.slice_of(device) for device in jax.devices()})
     fake = os.environ.get("JAX_PLATFORMS") == "cpu"  # as the hosts of `openmoe cluster up` on one machine say
     if spec.cluster.accelerator == "tpu" and jax.default_backend() != "tpu" and not fake:
         raise RuntimeError(f"cluster: accelerator is tpu, JAX found only {jax.default_backend()} on this host")
+    if not fake and slices != spec.cluster.num_slices:
+        raise RuntimeError(f"cluster: the run file says {spec.cluster.num_slices} TPU slices, JAX found {slices}")
 
 
 class Batches:

@@ -133,7 +133,8 @@ def _devices(spec: RunSpec) -> tuple[Fact, ...]:
     legal = legal_meshes(spec.model, rows=rows, seq_len=spec.data.seq_len)
     numbers = sorted({data * expert for data, expert in legal})
     here = ", ".join(f"{data} x {expert}" for data, expert in legal if data * expert == mesh.num_batch_shares)
-    hosts = f"{cluster.num_workers} workers with {cluster.devices_per_worker} {cluster.accelerator} devices"
+    crossed = cluster.num_slices > 1 and mesh.data % cluster.num_slices
+    hosts = f"{cluster}; more than the data axis lies between slices, which is slow" if crossed else str(cluster)
     return (
         Fact("mesh", mesh.model_dump(), str(mesh), hosts),
         Fact("legal_devices", numbers, listed(numbers), "same rows, groups and losses on each; times mesh.tensor"),

@@ -28,6 +28,7 @@ from ray.train.v2.api.exceptions import (
     WorkerGroupError,
 )
 from ray.train.v2.jax import JaxConfig, JaxTrainer
+from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataError
@@ -44,11 +45,13 @@ class JaxGroupConfig(JaxConfig):
       heartbeat_timeout_s: a silent peer ends the group after this long.
       shutdown_timeout_s: how long the group waits for all to leave.
       init_timeout_s: how long the group waits for all to arrive.
+      num_slices: TPU slices that the workers are on.
     """
 
     heartbeat_timeout_s: int = 30
     shutdown_timeout_s: int = 20
     init_timeout_s: int = 120
+    num_slices: int = 1
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -64,13 +67,26 @@ class JaxGroupBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Starts the group: rank 0 offers an address, every rank joins it."""
+        assert isinstance(backend_config, JaxGroupConfig)
         address, ranks = worker_group.execute_single(0, _free_address), range(len(worker_group))
+        found = [slice_environment(address, rank, len(ranks), backend_config.num_slices) for rank in ranks]
         ray.get(
             [
-                worker_group.execute_single_async(rank, _join, address, len(ranks), rank, backend_config)
+                worker_group.execute_single_async(rank, _join, address, len(ranks), rank, backend_config, found[rank])
                 for rank in ranks
             ]
         )
+
+
+def slice_environment(address: str, rank: int, num_workers: int, num_slices: int) -> dict[str, str]:
+    """Returns what libtpu on a worker must know of the slices to join them; empty for a single one.
+
+    Ray Train sorts workers by slice, and each slice has as many.
+    """
+    if num_slices == 1:
+        return {}
+    slice_id = rank * num_slices // num_workers
+    return get_tpu_coordinator_env_vars(address.rpartition(":")[0], num_slices, slice_id)
 
 
 def _free_address() -> str:
@@ -80,7 +96,11 @@ def _free_address() -> str:
         return f"{host}:{probe.getsockname()[1]}"
 
 
-def _join(address: str, num_processes: int, process_id: int, config: JaxGroupConfig) -> None:
+def _join(
+    address: str, num_processes: int, process_id: int, config: JaxGroupConfig, environment: Mapping[str, str]
+) -> None:
+    os.environ.update(environment)  # over what the provider wrote there: slices may have been replaced since
+
     import jax
 
     jax.distributed.initialize(
@@ -122,6 +142,7 @@ def run_incarnation(
             heartbeat_timeout_s=cluster.heartbeat_timeout_s,
             shutdown_timeout_s=cluster.shutdown_timeout_s,
             init_timeout_s=cluster.init_timeout_s,
+            num_slices=cluster.num_slices,
         ),
         scaling_config=scaling_config(cluster),
         run_config=RunConfig(

@@ -155,6 +155,30 @@ def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, as
     assert worker_group.worker_environment(config) == environment
 
 
+def test_workers_on_several_slices_are_told_which_is_theirs():
+    """Ray Train sorts them by slice; one slice needs nothing."""
+    found = [worker_group.slice_environment("10.0.0.1:4321", rank, 4, 2) for rank in range(4)]
+    assert [each["MEGASCALE_SLICE_ID"] for each in found] == ["0", "0", "1", "1"]
+    assert {each["MEGASCALE_COORDINATOR_ADDRESS"] for each in found} == {"10.0.0.1"}
+    assert {each["MEGASCALE_NUM_SLICES"] for each in found} == {"2"}
+    assert worker_group.slice_environment("10.0.0.1:4321", 3, 4, 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "slices"),
+    [
+        ({"accelerator_type": "TPU-V4", "topology": "2x2x2", "num_workers": 2}, 1),
+        ({"accelerator_type": "TPU-V4", "topology": "2x2x2", "num_workers": 4}, 2),
+        ({"accelerator_type": "TPU-V5LITEPOD", "topology": "4x4", "num_workers": 8}, 2),
+        ({"accelerator_type": "TPU-V99", "topology": "4x4", "num_workers": 8}, 1),
+    ],
+)
+def test_slices_follow_from_workers_and_topology(cluster, slices):
+    config = ClusterConfig(accelerator="tpu", devices_per_worker=4, **cluster)
+    assert config.num_slices == slices
+    assert (f" in {slices} slices of " in str(config)) == (slices > 1)
+
+
 def test_what_the_user_has_told_malloc_stays_as_it_is(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     config = ClusterConfig(accelerator="cpu", num_workers=1, devices_per_worker=1)
