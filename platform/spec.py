@@ -78,7 +78,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
     for override in overrides:
         source.override(override)
     problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
-    problems += _resolve_stages(source.values)
+    problems += [*_resolve_stages(source.values), *_resolve_batch(source)]
     refused = {problem.path for problem in problems}
     try:
         spec = RunSpec.model_validate_json(json.dumps(source.values))
@@ -138,6 +138,11 @@ def json_schema() -> dict[str, Any]:
     preset = {"enum": list(PRESETS), "description": "Where the fields not given here come from."}
     model["properties"] = {"preset": preset, **model["properties"]}
     model["anyOf"] = [{"required": ["preset"]}, {"required": model.pop("required")}]
+    train = schema["$defs"]["TrainConfig"]
+    tokens = {"type": "integer", "minimum": 1, "description": "Instead of batch_rows: the same in tokens, whole rows."}
+    train["properties"]["batch_tokens"] = tokens
+    train["required"].remove("batch_rows")
+    train["oneOf"] = [{"required": ["batch_rows"]}, {"required": ["batch_tokens"]}]
     stages = data["properties"]["stages"]
     stages["anyOf"] = [{"type": stages.pop("type")}, {"enum": list(STAGE_PRESETS)}]
     del data["properties"]["seed"]
@@ -185,6 +190,29 @@ def _resolve_stages(values: dict[str, Any]) -> list[Problem]:
         return [Problem("data.stages", f"no stages {show(name)}; {did_you_mean(name, STAGE_PRESETS)}")]
     values["data"]["stages"] = STAGE_PRESETS[name]
     return []
+
+
+def _resolve_batch(source: spec_source.Source) -> list[Problem]:
+    """Replaces `train.batch_tokens` by the rows that hold so many; of the two settings an override wins."""
+    train, data = source.values.get("train"), source.values.get("data")
+    if not isinstance(train, dict) or "batch_tokens" not in train:
+        return []
+    tokens, seq_len = train.pop("batch_tokens"), data.get("seq_len") if isinstance(data, dict) else None
+    if "batch_rows" in train:
+        overridden = [source.origins.get(f"train.{name}") == "override" for name in ("batch_tokens", "batch_rows")]
+        if overridden == [False, True]:
+            return []
+        if overridden != [True, False]:
+            message = (
+                f"a step has batch_rows or batch_tokens, got batch_rows={show(train['batch_rows'])} too; remove one"
+            )
+            return [Problem("train.batch_tokens", message)]
+    if type(tokens) is int and type(seq_len) is int and tokens > 0 and seq_len > 0 and tokens % seq_len == 0:
+        train["batch_rows"] = tokens // seq_len
+        return []
+    train.setdefault("batch_rows", 2**20)  # divides over most meshes: this problem is told, not what follows from it
+    message = f"must be a multiple of data.seq_len={show(seq_len)}, whole rows, got {show(tokens)}"
+    return [Problem("train.batch_tokens", message)]
 
 
 def _share_seed(values: dict[str, Any]) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -98,6 +99,15 @@ def test_overrides_win_over_the_file():
     )
     assert (loaded.train.steps, loaded.data.sources[1].weight, loaded.name) == (7, 0.5, "1e6")
     assert loaded.budgets.hang == 9
+
+
+def test_a_batch_in_tokens_is_the_same_in_rows_and_an_override_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    text = Path(spec_source.read("quickstart", spec_source.RUN_FILE).where).read_text()
+    file.write_text(text.replace("  batch_rows: 4 ", "  batch_tokens: 2048 "))
+    assert spec.load(str(file)) == spec.load("quickstart")
+    assert spec.load(str(file), ["train.batch_rows=8"]).train.batch_rows == 8
+    assert spec.load("quickstart", ["train.batch_tokens=4096"]).train.batch_rows == 8
 
 
 def test_a_model_field_wins_over_its_preset():

@@ -318,6 +318,16 @@ LENGTHS_AND_STAGES = {
         "steps: 100\n  epochs: 2\n",
         "15: train.epochs: a run has steps or epochs, got steps=100 too; remove one (or train.steps=null)",
     ),
+    "a batch in rows and in tokens": (
+        "  batch_rows: 4\n",
+        "  batch_rows: 4\n  batch_tokens: 2048\n",
+        "16: train.batch_tokens: a step has batch_rows or batch_tokens, got batch_rows=4 too; remove one",
+    ),
+    "tokens that are no whole rows": (
+        "  batch_rows: 4\n",
+        "  batch_tokens: 2000\n",
+        "15: train.batch_tokens: must be a multiple of data.seq_len=512, whole rows, got 2000",
+    ),
     "no epoch": ("steps: 100\n", "epochs: 0\n", "14: train.epochs: must be > 0.0, got 0"),
     "no weight and no stages": (
         "      weight: 1\n",
