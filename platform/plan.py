@@ -121,7 +121,7 @@ def sections(found: Plan, assumptions: Assumptions, *, spot: bool) -> list[Secti
         Section(f"{name}: a step of a device", _work(found)),
         Section(f"{name}: speed", _speed(found, assumptions)),
         Section(f"{name}: to the last step", _length(found, assumptions, spot=spot)),
-        Section(f"{name}: ways that fit, best first", _ways(found)),
+        Section(f"{name}: ways that fit, by the seconds of a step if nothing overlapped", _ways(found)),
     ]
 
 
@@ -262,10 +262,8 @@ def _ways(found: Plan) -> tuple[Fact, ...]:
         least = min(found.ways, key=lambda way: way.memory_bytes)
         return (num_bytes("none", least.memory_bytes, f"the smallest way: {_shown(least)}"),)
     shown = list(best.items())[:MOST_LISTED]
-    facts = [
-        num_bytes(mesh, way.memory_bytes, f"{_shown(way)}; at least {way.bound.step_s:.2f} s") for mesh, way in shown
-    ]
-    return (*facts, *([count("more", len(best) - len(shown))] if len(best) > len(shown) else []))
+    facts = [num_bytes(mesh, way.memory_bytes, f"{_shown(way)}; {sum(way.bound):.2f} s") for mesh, way in shown]
+    return (*facts, count("more", len(best) - len(shown)))
 
 
 def _shown(way: Way) -> str:

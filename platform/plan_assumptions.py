@@ -51,7 +51,10 @@ def load(path: str | None = None, overrides: Sequence[str] = ()) -> Assumptions:
     Raises:
       SpecError: with every problem of the file and the overrides.
     """
-    source = spec_source.read(str(SHIPPED) if path is None else str(Path(path).absolute()), _FILE)
+    file = SHIPPED if path is None else Path(path).absolute()
+    if not file.is_file():
+        raise SpecError([Problem("", f"no such file; copy {SHIPPED} and put in your own figures")], str(path))
+    source = spec_source.read(str(file), _FILE)
     for override in overrides:
         source.override(override)
     problems = list(source.problems)

@@ -46,12 +46,14 @@ class JaxGroupConfig(JaxConfig):
       shutdown_timeout_s: how long the group waits for all to leave.
       init_timeout_s: how long the group waits for all to arrive.
       num_slices: TPU slices that the workers are on.
+      num_gpus: of each worker, all that Ray lets it see; 0 for other devices.
     """
 
     heartbeat_timeout_s: int = 30
     shutdown_timeout_s: int = 20
     init_timeout_s: int = 120
     num_slices: int = 1
+    num_gpus: int = 0
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -107,6 +109,8 @@ def _join(
         address,
         num_processes,
         process_id,
+        # Else JAX takes what a batch system such as Slurm says, which knows nothing of Ray's workers.
+        local_device_ids=list(range(config.num_gpus)) or None,
         heartbeat_timeout_seconds=config.heartbeat_timeout_s,
         shutdown_timeout_seconds=config.shutdown_timeout_s,
         initialization_timeout=config.init_timeout_s,
@@ -143,6 +147,7 @@ def run_incarnation(
             shutdown_timeout_s=cluster.shutdown_timeout_s,
             init_timeout_s=cluster.init_timeout_s,
             num_slices=cluster.num_slices,
+            num_gpus=cluster.devices_per_worker if cluster.accelerator == "gpu" else 0,
         ),
         scaling_config=scaling_config(cluster),
         run_config=RunConfig(

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -162,6 +164,18 @@ def test_workers_on_several_slices_are_told_which_is_theirs():
     assert {each["MEGASCALE_COORDINATOR_ADDRESS"] for each in found} == {"10.0.0.1"}
     assert {each["MEGASCALE_NUM_SLICES"] for each in found} == {"2"}
     assert worker_group.slice_environment("10.0.0.1:4321", 3, 4, 1) == {}
+
+
+def test_a_worker_takes_the_gpus_that_ray_gave_it_and_learns_its_slice():
+    """Whatever a batch system says of the host's. In a process of its own, since a group is joined once."""
+    code = (
+        "import os, jax; from openmoe.platform import worker_group as w; "
+        "w._join(w._free_address(), 1, 0, w.JaxGroupConfig(num_gpus=2), {'MEGASCALE_SLICE_ID': '1'}); "
+        "print(jax.config.values['jax_cuda_visible_devices'], os.environ['MEGASCALE_SLICE_ID'])"
+    )
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_LOCALID": "7"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert out.stdout.split() == ["0,1", "1"]
 
 
 @pytest.mark.parametrize(
