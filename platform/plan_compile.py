@@ -41,14 +41,12 @@ class Compiled(NamedTuple):
     Attributes:
       peak_bytes: of memory, the figure by which it refuses programs.
       state_bytes: of it the train state and the batch.
-      hbm_bytes: to and from memory, bodies of loops once.
       program: the rest.
       compile_s: that it took.
     """
 
     peak_bytes: int
     state_bytes: int
-    hbm_bytes: float
     program: Program
     compile_s: float
 
@@ -75,11 +73,10 @@ def compiled(spec: RunSpec, machines: Machines) -> Compiled:
 
 def measured(program: Any, *, compile_s: float) -> Compiled:
     """Returns what the compiler says of a compiled step, a `jax.stages.Compiled`."""
-    memory, cost = program.memory_analysis(), program.cost_analysis()
+    memory = program.memory_analysis()
     return Compiled(
         peak_bytes=memory.peak_memory_in_bytes,
         state_bytes=memory.argument_size_in_bytes,
-        hbm_bytes=cost["bytes accessed"],
         program=plan_program.read(program.as_text()),
         compile_s=compile_s,
     )
@@ -146,7 +143,7 @@ def section(spec: RunSpec, machines: Machines, found: Compiled) -> Section:
             f"{found.program.product_flops:.3g}",
             f"attention's kernels left out, {attention:.2g}; {_beside(products, found.program.product_flops)}",
         ),
-        num_bytes("bytes_hbm_once", round(found.hbm_bytes), "XLA's count, bodies of loops once"),
+        num_bytes("bytes_hbm", round(found.program.moved_bytes), _beside(work.hbm_bytes, found.program.moved_bytes)),
         *(
             num_bytes(kind.replace("-", "_"), size, f"{_runs(found.program, kind)} of them in a step")
             for kind, size in sorted(found.program.exchanged_bytes().items())

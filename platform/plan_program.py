@@ -14,6 +14,11 @@ from typing import NamedTuple
 
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 EXCHANGES = ("all-to-all", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "ragged-all-to-all")
+_SLICES = ("dynamic-slice", "gather", "slice")
+_MOVES_NOTHING = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "iota", "opt-barrier"),
+)
 _HEAD = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
 _OPCODE = re.compile(r"(?:^|\s)([a-z][a-z0-9-]*)\((.*)$")
@@ -38,6 +43,7 @@ class Program(NamedTuple):
     """What one device does in one run of a program."""
 
     product_flops: float
+    moved_bytes: float  # to and from the chip's main memory
     exchanges: list[Exchange]
 
     def exchanged_bytes(self) -> dict[str, int]:
@@ -54,6 +60,11 @@ class _Instruction(NamedTuple):
     shape: str
     rest: str
 
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it reads."""
+        return re.findall(r"%([^\s,)]+)", _split(f"({self.rest} ")[0])
+
 
 _Computation = dict[str, _Instruction]
 
@@ -62,16 +73,25 @@ def read(text: str) -> Program:
     """Reads `compiled.as_text()`."""
     computations, entry = _computations(text)
     times = _times(computations, entry)
-    flops, exchanges = 0.0, []
+    fused = {
+        called
+        for computation in computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+        for called, _ in _called(instruction, computations)
+    }
+    flops, moved, exchanges = 0.0, 0.0, []
     for name, computation in computations.items():
         for instruction in computation.values() if times[name] else ():
             opcode = instruction.opcode.removesuffix("-start")
+            if name not in fused:
+                moved += times[name] * _moved_bytes(instruction, computation, computations)
             if opcode in ("convolution", "dot"):
                 flops += times[name] * _product_flops(instruction, computation)
             elif opcode in EXCHANGES:
                 size, where = _size_bytes(instruction.shape), re.search(r'op_name="([^"]*)"', instruction.rest)
                 exchanges.append(Exchange(opcode, size, times[name], where[1] if where else ""))
-    return Program(flops, exchanges)
+    return Program(flops, moved, exchanges)
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
@@ -130,8 +150,41 @@ def _trips(condition: _Computation) -> int:
     return max(numbers, default=1)
 
 
+def _moved_bytes(
+    instruction: _Instruction, computation: _Computation, computations: Mapping[str, _Computation]
+) -> float:
+    """What an instruction reads and writes. Of an array of which it takes or changes a slice, only that counts."""
+    if instruction.opcode in _MOVES_NOTHING or instruction.opcode.endswith("-done"):
+        return 0.0
+    sizes = [_hbm_bytes(computation[name].shape) if name in computation else 0 for name in instruction.operands]
+    output = _hbm_bytes(instruction.shape)
+    if instruction.opcode in _SLICES:
+        return 2.0 * output
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * sizes[1]
+    if instruction.opcode == "fusion":
+        [body] = [computations[called] for called, _ in _called(instruction, computations)]
+        return _moved_by_fusion(body, sizes, output)
+    return float(output + sum(sizes))
+
+
+def _moved_by_fusion(body: _Computation, sizes: list[int], output: int) -> float:
+    moved = float(output)
+    for parameter in (each for each in body.values() if each.opcode == "parameter"):
+        readers = [each for each in body.values() if parameter.name in each.operands]
+        index = int(parameter.rest.partition(")")[0])
+        first = [each for each in readers if each.operands[0] == parameter.name]
+        if readers and len(first) == len(readers) and all(each.opcode in _SLICES for each in readers):
+            moved += min(sizes[index], sum(_hbm_bytes(each.shape) for each in readers))
+        elif len(first) == 1 == len(readers) and first[0].opcode == "dynamic-update-slice":
+            moved += 2 * _hbm_bytes(body[first[0].operands[1]].shape) - _hbm_bytes(first[0].shape)  # in place
+        else:
+            moved += sizes[index]
+    return max(moved, 0.0)
+
+
 def _product_flops(instruction: _Instruction, computation: _Computation) -> float:
-    left, right = re.findall(r"%([^\s,)]+)", instruction.rest)[:2]
+    left, right = instruction.operands
     output, left_sizes = _sizes(instruction.shape), _sizes(computation[left].shape)
     if instruction.opcode == "dot":
         contracted = _CONTRACTED.search(instruction.rest)
@@ -163,6 +216,11 @@ def _pairs(left: int, output: int, setting: Mapping[str, str]) -> int:
 def _sizes(shape: str) -> list[int]:
     match = _SHAPE.search(shape)
     return [int(size) for size in match[2].split(",") if size] if match else []
+
+
+def _hbm_bytes(shape: str) -> int:
+    """`_size_bytes` of what lies in main memory, not in a memory of the core, which layouts call S(1) and so on."""
+    return _size_bytes(re.sub(r"[a-z0-9]+\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}", "", shape))
 
 
 def _size_bytes(shape: str) -> int:

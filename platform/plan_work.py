@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from openmoe.model import counts
 from openmoe.model.config import ModelConfig
+from openmoe.platform import validate_memory
 from openmoe.platform.plan_hardware import Machines
 from openmoe.platform.spec import RunSpec
 
@@ -110,23 +111,31 @@ def _parts(spec: RunSpec) -> int:
 
 
 def _hbm_bytes(spec: RunSpec) -> float:
-    """Kernels read in each pass over a part, gradients and optimizer, activations written and read, logits."""
-    model, mesh, size = spec.model, spec.mesh, DTYPE_BYTES[spec.model.dtype]
-    parameters = counts.parameter_counts(model)
-    shared = parameters.total - parameters.experts
-    used = (shared + parameters.experts / mesh.expert) / mesh.tensor  # of a device, gathered along fsdp
-    held = used / mesh.fsdp
+    """Kernels and vocabulary, read and written so often in each part; activations; gradients and optimizer.
+
+    The factors are those that come near to what libtpu's programs of the 8B and 34B models move.
+    """
+    model, mesh, parts, size = spec.model, spec.mesh, _parts(spec), DTYPE_BYTES[spec.model.dtype]
+    parameters, again = counts.parameter_counts(model), spec.execution.remat != "none"
+    used = (parameters.total - parameters.experts * (1 - 1 / mesh.expert)) / mesh.tensor  # gathered along fsdp
+    vocabulary = FLOAT32_BYTES * parameters.head / mesh.tensor
+    kernels = used - 2 * parameters.head / mesh.tensor
+    gathers = 1 + again if mesh.fsdp > 1 else 0
     passes = {"none": 3, "dots": 3, "full": 4}[spec.execution.remat]
-    kernels = _parts(spec) * (used * passes * size + 3 * held * FLOAT32_BYTES)
-    optimizer = 6 * held * FLOAT32_BYTES
-    tokens = spec.train.batch_rows * spec.data.seq_len / mesh.num_batch_shares
+    positions = spec.train.batch_rows * spec.data.seq_len / mesh.num_batch_shares
+    loss_blocks = max(positions / parts * model.vocab_size / mesh.tensor / counts.BLOCK_LOGITS, 1)
     inner = model.num_heads * model.head_dim
     of_layer = 6 * model.d_model + (8 * inner + 12 * model.d_ff) / mesh.tensor
     of_experts = expert_places(model) * (4 * model.d_model + 12 * model.expert_width / mesh.tensor)
     values = model.num_layers * of_layer + model.num_moe_layers * of_experts
-    activations = tokens * values * size * passes / 3
-    logits = 4 * tokens * model.vocab_size / mesh.tensor * FLOAT32_BYTES
-    return kernels + optimizer + activations + logits
+    return (
+        parts * kernels * (FLOAT32_BYTES * (gathers + passes) + 3 * size)
+        + parts * vocabulary * (5 * loss_blocks + 10)
+        + 4.7 * positions * values * size
+        + 4 * _redistributed_bytes(spec)
+        + 2 * parts * validate_memory.estimate(spec).activations
+        + (3 * parts + 6) * FLOAT32_BYTES * used / mesh.fsdp
+    )
 
 
 def _exchanged_bytes(spec: RunSpec) -> dict[str, float]:
@@ -149,19 +158,20 @@ def _exchanged_bytes(spec: RunSpec) -> dict[str, float]:
         "reduce-scatter over fsdp": parts * experts * size * _away(mesh.fsdp),
         "all-reduce of gradients": parts * 2 * (everywhere + experts / mesh.fsdp * size * _away(mesh.data)),
         "all-reduce over tensor": 2 * tokens * width * model.d_model * size * _away(mesh.tensor),
-        "redistribution over tensor": parts * (2 + again) * 3 * FLOAT32_BYTES * _split_kernels(spec),
+        "redistribution over tensor": _redistributed_bytes(spec),
     }
 
 
-def _split_kernels(spec: RunSpec) -> float:
-    """Numbers of a device's kernels with two halves, whose columns travel where they are used under tensor.
+def _redistributed_bytes(spec: RunSpec) -> float:
+    """What kernels with two halves cost under tensor, since their columns travel where they are used.
 
     Three times a use is what XLA was seen to send for a v4.
     """
     model, mesh, parameters = spec.model, spec.mesh, counts.parameter_counts(spec.model)
     if mesh.tensor == 1 or model.ffn != "openmoe":
         return 0.0
-    return (parameters.dense_ffn + parameters.extra_ffn + parameters.experts / mesh.expert) / 2 / mesh.tensor
+    kernels = (parameters.dense_ffn + parameters.extra_ffn + parameters.experts / mesh.expert) / 2 / mesh.tensor
+    return _parts(spec) * (2 + (spec.execution.remat != "none")) * 3 * FLOAT32_BYTES * kernels
 
 
 def _away(devices: int) -> float:

@@ -46,6 +46,8 @@ metadata={op_name="layers_5/mlp/all_to_all"}
 }
 
 ENTRY %main (p: bf16[2,2048,1,2048], q: bf16[24,2048,128]) -> bf16[2,2048,24,128] {
+  %p = bf16[2,2048,1,2048]{3,1,2,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[24,2048,128]{2,1,0:T(8,128)(2,1)} parameter(1)
   %while.1 = (s32[]{:T(128)}, bf16[8,4]{1,0}) while(%tuple), condition=%cond, body=%body
   ROOT %fusion.1 = bf16[2,2048,24,128]{3,1,2,0:T(8,128)(2,1)} fusion(%p, %q), kind=kOutput, calls=%fused
 }
@@ -58,3 +60,13 @@ def test_of_a_tpus_convolutions_only_what_meets_an_input_is_counted():
     assert found.product_flops == 2 * 2 * 2048 * 24 * 128 * 2048
     assert found.exchanges == [plan_program.Exchange("all-to-all", 72, 4, "layers_5/mlp/all_to_all")]
     assert found.exchanged_bytes() == {"all-to-all": 288}
+    read_and_written = 2 * (2 * 2048 * 2048 + 24 * 2048 * 128 + 2 * 2048 * 24 * 128)
+    assert found.moved_bytes == read_and_written + 4 * 72
+
+
+def test_of_an_array_that_a_loop_takes_slices_of_only_those_are_moved():
+    def rows(x):
+        return jax.lax.scan(lambda total, row: (total + row, jnp.sum(row)), jnp.zeros(256), x)
+
+    found = plan_program.read(jax.jit(rows).lower(jax.ShapeDtypeStruct((64, 256), jnp.float32)).compile().as_text())
+    assert 64 * 256 * 4 < found.moved_bytes < 10 * 64 * 256 * 4  # and not 64 times all of it

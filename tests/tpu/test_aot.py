@@ -150,6 +150,8 @@ def test_the_8b_run_trains_on_64_v4_chips_as_the_plan_says(mesh_of):
     assert validate_memory.estimate(run).total == pytest.approx(found.peak_bytes, rel=0.1)
     assert found.program.product_flops == pytest.approx(work.device_flops - plan_work.attention_flops(run), rel=0.02)
 
+    assert found.program.moved_bytes == pytest.approx(work.hbm_bytes, rel=0.3)
+
     # Places of one group: two forward, two forward again, two backward, in each of 4 MoE layers and 8 microbatches.
     to_experts = [exchange for exchange in found.program.exchanges if exchange.kind == "all-to-all"]
     assert [(each.size_bytes, each.times) for each in to_experts] == [(32 * 160 * 2048 * 2, 4 * 8)] * 6
