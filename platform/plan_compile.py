@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openmoe.clusters import tpu
 from openmoe.platform import plan_program, plan_work, validate_memory
-from openmoe.platform.facts import Fact, Section, num_bytes
+from openmoe.platform.facts import Fact, Section, num_bytes, short
 from openmoe.platform.plan_hardware import Machines
 from openmoe.platform.plan_program import Program
 from openmoe.platform.spec import RunSpec
@@ -148,9 +148,32 @@ def section(spec: RunSpec, machines: Machines, found: Compiled) -> Section:
             num_bytes(kind.replace("-", "_"), size, f"{_runs(found.program, kind)} of them in a step")
             for kind, size in sorted(found.program.exchanged_bytes().items())
         ),
+        *_speed(spec, machines, found, attention),
         Fact("compile_s", found.compile_s, f"{found.compile_s:.0f} s"),
     )
     return Section(f"{machines.name}: the TPU compiler", facts)
+
+
+def _speed(spec: RunSpec, machines: Machines, found: Compiled, attention: float) -> tuple[Fact, ...]:
+    """The step at the chip's peak, with all at the same time and with one thing after the other."""
+    chip, program = machines.chip, found.program
+    sent = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in program.exchanged_bytes().items())
+    parts = (
+        (program.product_flops + attention) / chip.flops_per_s,
+        program.moved_bytes / chip.hbm_bytes_per_s,
+        sent / chip.link_bytes_per_s,
+    )
+    tokens, names = spec.train.batch_rows * spec.data.seq_len, ("arithmetic", "memory", "links")
+    shown = ", ".join(f"{name} {seconds:.2f}" for name, seconds in zip(names, parts, strict=True))
+    return (
+        Fact("step_s_at_peak", [max(parts), sum(parts)], f"{max(parts):.2f} to {sum(parts):.2f} s", shown),
+        Fact(
+            "tokens_per_s_at_peak",
+            [tokens / sum(parts), tokens / max(parts)],
+            f"{short(tokens / sum(parts))} to {short(tokens / max(parts))}",
+            "nothing overlapping, and everything; no chip reaches its peak",
+        ),
+    )
 
 
 def _beside(estimate: float, found: float) -> str:

@@ -67,6 +67,7 @@ def test_incarnations_follow_each_other_until_the_run_is_finished(attempt):
     ]
     assert {e["attempt"] for e in ended} == {"run-abcd-1"}
     assert "incarnation 4 starts at step 0 of 100" in said
+    assert "mesh data=1 x expert=4 on 2 workers with 2 cpu devices each" in said
 
 
 def test_a_spent_budget_ends_the_attempt_with_exit_code_1_and_the_trace(attempt):

@@ -53,6 +53,15 @@ def mesh_of(needs):
         )
 
 
+def test_slices_follow_each_other_along_the_data_axis(mesh_of):
+    """However JAX lists their devices, and although the network between them is never an axis of its own."""
+    two = {**V4, "num_slices": 2}
+    devices = list(mesh_of(two, data=8).devices.flat)
+    mixed = sharding.make_mesh(devices=devices[::2] + devices[1::2], data=2, fsdp=2, expert=2)
+    for mesh in (mesh_of(two, data=2, expert=4), mixed):
+        assert [[sharding.slice_of(device) for device in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
+
+
 def compiled_attention(mesh, *, dtype="bfloat16", row_len=2048, num_heads=4, head_dim=128, implementation="splash"):
     """Attention of two rows on each device, forward and backward."""
     by_heads = NamedSharding(mesh, P(sharding.BATCH_AXES, None, "tensor"))
@@ -157,3 +166,6 @@ def test_the_8b_run_trains_on_64_v4_chips_as_the_plan_says(mesh_of):
     assert [(each.size_bytes, each.times) for each in to_experts] == [(32 * 160 * 2048 * 2, 4 * 8)] * 6
     gathered = found.program.exchanged_bytes()["all-gather"] * 7 / 8
     assert gathered == pytest.approx(work.exchanged_bytes["all-gather over fsdp"], rel=0.02)
+    shown = {fact.key: fact.value for fact in plan_compile.section(run, machines, found).facts}
+    assert shown["peak"] == found.peak_bytes
+    assert shown["step_s_at_peak"][0] == pytest.approx(3.08, abs=0.05)  # of arithmetic
