@@ -95,11 +95,17 @@ def plan(spec: RunSpec, machines: Machines, assumptions: Assumptions, *, spot: b
     if spec.train.steps is not None:
         outlook = plan_time.outlook(
             work_s=spec.train.steps * step_s,
-            cadence_s=spec.train.checkpoint_every_steps * step_s,
+            cadence_s=_cadence_s(spec, step_s, assumptions),
             preemptions=assumptions.preemptions,
             spot=spot,
         )
     return Plan(machines, ways, way, is_own, step_s, outlook)
+
+
+def _cadence_s(spec: RunSpec, step_s: float, assumptions: Assumptions) -> float:
+    """Work between two checkpoints: as many steps as the run file says, or what loses least if it leaves that open."""
+    every = spec.train.checkpoint_every_steps
+    return every * step_s if isinstance(every, int) else plan_time.best_cadence_s(assumptions.preemptions)
 
 
 def _no_mesh(spec: RunSpec, machines: Machines) -> str:
@@ -135,7 +141,7 @@ def row(found: Plan, assumptions: Assumptions, *, spot: bool) -> tuple[str, ...]
         str(spec.execution.accumulation_steps),
         f"{found.way.memory_bytes / 2**30:.1f} GiB",
         "yes" if found.way.fits else "NO",
-        f"{found.step_s:.2f} s",
+        f"{found.step_s:.3g} s",
         short(found.tokens_per_s),
         "" if found.outlook is None else f"{found.outlook.wall_s.median / DAY_S:.1f}",
         "" if cost is None else f"{cost.median:,.0f} {assumptions.currency}",
@@ -184,7 +190,7 @@ def _work(found: Plan) -> tuple[Fact, ...]:
         *flops,
         num_bytes("bytes_hbm", round(work.hbm_bytes), "to and from its memory, a rough count"),
         *exchanges,
-        *(Fact(f"least_{what}_s", seconds, f"{seconds:.3f} s", "at the chip's peak") for what, seconds in times),
+        *(Fact(f"least_{what}_s", seconds, f"{seconds:.3g} s", "at the chip's peak") for what, seconds in times),
     )
 
 
@@ -195,7 +201,7 @@ def _speed(found: Plan, assumptions: Assumptions) -> tuple[Fact, ...]:
     what = "assumed" if reached >= assumptions.mfu * 0.999 else f"the most that {bound.limited_by} allows"
     return (
         Fact("mfu", reached, f"{reached:.1%}", f"{what}; {bound.limited_by} allows {most:.0%} at most"),
-        Fact("step_s", step_s, f"{step_s:.2f} s"),
+        Fact("step_s", step_s, f"{step_s:.3g} s"),
         Fact("tokens_per_s", found.tokens_per_s, short(found.tokens_per_s), "padding included"),
         Fact(
             "tokens_per_chip_s",
@@ -209,7 +215,7 @@ def _length(found: Plan, assumptions: Assumptions, *, spot: bool) -> tuple[Fact,
     train, taken = found.way.spec.train, assumptions.preemptions
     if train.steps is None:
         return (Fact("steps", None, "not known", "a run of epochs has them once its data is built"),)
-    cadence_s, best = train.checkpoint_every_steps * found.step_s, plan_time.best_cadence_s(taken)
+    cadence_s, best = _cadence_s(found.way.spec, found.step_s, assumptions), plan_time.best_cadence_s(taken)
     advice = f"; {max(round(best / found.step_s), 1):,} steps would lose least" if spot else ""
     facts = [
         count("steps", train.steps),
@@ -262,7 +268,7 @@ def _ways(found: Plan) -> tuple[Fact, ...]:
         least = min(found.ways, key=lambda way: way.memory_bytes)
         return (num_bytes("none", least.memory_bytes, f"the smallest way: {_shown(least)}"),)
     shown = list(best.items())[:MOST_LISTED]
-    facts = [num_bytes(mesh, way.memory_bytes, f"{_shown(way)}; {sum(way.bound):.2f} s") for mesh, way in shown]
+    facts = [num_bytes(mesh, way.memory_bytes, f"{_shown(way)}; {sum(way.bound):.3g} s") for mesh, way in shown]
     return (*facts, count("more", len(best) - len(shown)))
 
 

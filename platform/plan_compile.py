@@ -164,9 +164,9 @@ def _speed(spec: RunSpec, machines: Machines, found: Compiled, attention: float)
         sent / chip.link_bytes_per_s,
     )
     tokens, names = spec.train.batch_rows * spec.data.seq_len, ("arithmetic", "memory", "links")
-    shown = ", ".join(f"{name} {seconds:.2f}" for name, seconds in zip(names, parts, strict=True))
+    shown = ", ".join(f"{name} {seconds:.3g}" for name, seconds in zip(names, parts, strict=True))
     return (
-        Fact("step_s_at_peak", [max(parts), sum(parts)], f"{max(parts):.2f} to {sum(parts):.2f} s", shown),
+        Fact("step_s_at_peak", [max(parts), sum(parts)], f"{max(parts):.3g} to {sum(parts):.3g} s", shown),
         Fact(
             "tokens_per_s_at_peak",
             [tokens / sum(parts), tokens / max(parts)],

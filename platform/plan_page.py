@@ -43,7 +43,7 @@ def _row(name: str, model: ModelConfig, machines: Machines, spec: RunSpec, assum
         f"{machines.chip.usable_bytes / 2**30:.1f}",
         "yes" if found.way.fits else "no",
         f"{fitting} of {len(found.ways)}",
-        f"{found.step_s:.2f}",
+        f"{found.step_s:.3g}",
         short(found.tokens_per_s),
         found.way.bound.limited_by,
     )
