@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,6 +175,35 @@ def undisturbed(run_file, tmp_path_factory):
     return trainer.run
 
 
+@dataclass
+class LostWorker:
+    """A run that loses a worker, trained once: `events` leads from one moment to the next, for all who ask."""
+
+    trainer: Trainer
+    events: Iterator[str] = field(init=False)
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        self.events = self._events()
+
+    def _events(self) -> Iterator[str]:
+        self.trainer.start()
+        for number in (1, 2):
+            self.trainer.wait_for_acceptance(number)
+            yield f"saved {number}"
+        self.trainer.kill_worker()
+        yield "killed"
+        self.output = self.trainer.finish()
+
+
+@pytest.fixture(scope="session")
+def lost_worker(run_file, tmp_path_factory):
+    lost = LostWorker(Trainer(run_file, f"{tmp_path_factory.mktemp('lost')}/watched", ("train.sample_tokens=8",)))
+    yield lost
+    if lost.trainer.process and lost.trainer.process.poll() is None:
+        lost.trainer.kill_everything()
+
+
 def _trains(process: psutil.Process, home: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         is_train = process.cmdline()[1:4] == ["-m", "openmoe.platform", "train"]
@@ -237,16 +267,25 @@ class Twin:
         return {**os.environ, **joined, "RAY_AUTH_MODE": "token"}
 
 
-@pytest.fixture(scope="module")
-def twin(tmp_path_factory):
-    """A running twin, taken down when the module is done."""
+def pytest_collection_modifyitems(items):
+    """Tests of the twin last: its five Ray nodes cost CPU even when idle, and are there from the first of them on."""
+    items.sort(key=lambda item: "the_twin" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def the_twin(tmp_path_factory):
+    """The one twin of all tests, taken down when they are done."""
     home = tmp_path_factory.mktemp("home")
     spec = ClusterSpec(name="twin", provider="twin", accelerator="v4", topology="2x2x2", slices=2)
     made = Twin(home, spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENMOE_HOME", str(home))  # of the head's jobs too
-        try:
-            made.up()
-            yield made
-        finally:
-            twin_module.down(made.state_dir, print)
+        yield made
+        twin_module.down(made.state_dir, print)
+
+
+@pytest.fixture(scope="module")
+def twin(the_twin):
+    """The twin, running and whole; a module may leave it broken."""
+    the_twin.up()
+    return the_twin

@@ -1,6 +1,7 @@
 """A real run watched in a real browser, from its first step through a killed worker to its end."""
 
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -13,12 +14,11 @@ COLOURS = """canvas => {
 }"""
 
 
-def test_a_run_is_seen_live_with_its_incident_and_its_end(trainer, start_dashboard, browse, tmp_path):
-    run = trainer("watched", "train.sample_tokens=8")
-    address, token = start_dashboard(tmp_path, tmp_path / "home")
+def test_a_run_is_seen_live_with_its_incident_and_its_end(lost_worker, start_dashboard, browse, tmp_path):
+    run = lost_worker.trainer
+    address, token = start_dashboard(Path(run.run_dir).parent, tmp_path / "home")
     page = browse(f"{address}/?token={token}")
-    run.start()
-    run.wait_for_acceptance(1)
+    assert next(lost_worker.events) == "saved 1"
     row = page.locator("tr", has_text="/watched")
     expect(row).to_contain_text("training", timeout=30_000)
     row.get_by_role("link").click()
@@ -27,13 +27,13 @@ def test_a_run_is_seen_live_with_its_incident_and_its_end(trainer, start_dashboa
     points = page.locator("#loss .plot")
     expect(points).to_have_attribute("data-points", re.compile(r"\d\d"), timeout=30_000)
     drawn = int(points.get_attribute("data-points"))
-    run.wait_for_acceptance(2)
+    assert next(lost_worker.events) == "saved 2"
     expect(points).not_to_have_attribute("data-points", str(drawn), timeout=30_000)
 
-    run.kill_worker()
+    assert next(lost_worker.events) == "killed"
     ended = page.locator("#timeline tbody tr", has_text="host fault")
     expect(ended).to_contain_text("the process of rank", timeout=60_000)
-    run.finish()
+    assert next(lost_worker.events, "finished") == "finished"
     expect(page.locator("#state")).to_have_text("finished", timeout=30_000)
 
     last = run.run.trace()[-1]
