@@ -28,16 +28,16 @@ class Plan(NamedTuple):
     Attributes:
       machines: it is planned for.
       ways: every legal one, the best first.
-      way: the run file's own, where its mesh is for so many chips and it fits; else the best.
-      is_own: whether that is the run file's own.
+      own: the run file's, where its mesh is for so many chips.
+      way: the run file's own, if there is one and it fits; else the best.
       step_s: at the assumed share of the peak, or slower where the machines cannot reach it.
       outlook: on its time; None where its length is not known yet or it would never end.
     """
 
     machines: Machines
     ways: list[Way]
+    own: Way | None
     way: Way
-    is_own: bool
     step_s: float
     outlook: Outlook | None
 
@@ -88,8 +88,7 @@ def plan(spec: RunSpec, machines: Machines, assumptions: Assumptions, *, spot: b
     if not ways:
         raise SpecError([Problem("mesh", _no_mesh(spec, machines))])
     own = plan_choice.as_written(spec, machines) if keep_own else None
-    is_own = own is not None and own.fits
-    way = own if own is not None and is_own else ways[0]
+    way = own if own is not None and own.fits else ways[0]
     step_s = max(way.work.model_flops / (assumptions.mfu * machines.chip.flops_per_s), way.bound.step_s)
     outlook = None
     if spec.train.steps is not None:
@@ -99,7 +98,7 @@ def plan(spec: RunSpec, machines: Machines, assumptions: Assumptions, *, spot: b
             preemptions=assumptions.preemptions,
             spot=spot,
         )
-    return Plan(machines, ways, way, is_own, step_s, outlook)
+    return Plan(machines, ways, own, way, step_s, outlook)
 
 
 def _cadence_s(spec: RunSpec, step_s: float, assumptions: Assumptions) -> float:
@@ -158,7 +157,9 @@ def _way(found: Plan) -> tuple[Fact, ...]:
     spec, execution = found.way.spec, found.way.spec.execution
     rows = spec.train.batch_rows // spec.train.microbatches // spec.mesh.num_batch_shares
     parts = execution.accumulation_steps
-    whose = "as the run file says" if found.is_own else f"the best of {len(found.ways)} legal ways"
+    whose = "as the run file says" if found.way is found.own else f"the best of {len(found.ways)} legal ways"
+    if found.own is not None and found.way is not found.own:
+        whose += f"; the run file's own takes {found.own.memory_bytes / 2**30:.1f} GiB and does not fit"
     return (
         Fact("mesh", spec.mesh.model_dump(), str(spec.mesh), whose),
         Fact("remat", execution.remat, execution.remat, "scanned blocks" if execution.scan_blocks else ""),

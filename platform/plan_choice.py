@@ -39,9 +39,10 @@ class Way(NamedTuple):
     bound: Bound
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """Ways that fit come first, then quick ones: nothing is taken to overlap. Then small ones."""
-        return not self.fits, round(sum(self.bound), 4), self.memory_bytes
+    def rank(self) -> tuple[bool, float, float]:
+        """Ways that fit come first, quick ones before others, nothing taken to overlap; then the rest by memory."""
+        seconds = round(sum(self.bound), 4)
+        return (False, seconds, self.memory_bytes) if self.fits else (True, self.memory_bytes, seconds)
 
 
 def as_written(spec: RunSpec, machines: Machines) -> Way | None:
@@ -49,7 +50,7 @@ def as_written(spec: RunSpec, machines: Machines) -> Way | None:
     if spec.mesh.num_devices != machines.chips:
         return None
     moved = spec.model_copy(update={"cluster": cluster_of(spec.cluster, machines)})
-    return None if _problems(moved, machines) else _way(moved, machines)
+    return None if _is_impossible(moved, machines) else _way(moved, machines)
 
 
 def ways(spec: RunSpec, machines: Machines) -> list[Way]:
@@ -59,7 +60,7 @@ def ways(spec: RunSpec, machines: Machines) -> list[Way]:
     for mesh in legal_meshes(spec, machines):
         for execution in _executions(spec, mesh):
             moved = spec.model_copy(update={"mesh": mesh, "execution": execution, "cluster": cluster})
-            if not _problems(moved, machines):
+            if not _is_impossible(moved, machines):
                 found.append(_way(moved, machines))
     return sorted(found, key=lambda way: way.rank)
 
@@ -77,7 +78,7 @@ def legal_meshes(spec: RunSpec, machines: Machines) -> list[MeshConfig]:
             for fsdp in _divisors(data_and_fsdp):
                 mesh = MeshConfig(data=data_and_fsdp // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
                 moved = spec.model_copy(update={"mesh": mesh, "execution": ExecutionConfig(), "cluster": cluster})
-                if not _problems(moved, machines):
+                if not _is_impossible(moved, machines):
                     found.append(mesh)
     return found
 
@@ -110,7 +111,7 @@ def _executions(spec: RunSpec, mesh: MeshConfig) -> Iterator[ExecutionConfig]:
             yield replace(spec.execution, scan_blocks=True, remat=remat, accumulation_steps=parts)
 
 
-def _problems(spec: RunSpec, machines: Machines) -> bool:
+def _is_impossible(spec: RunSpec, machines: Machines) -> bool:
     crosses = machines.slices > 1 and spec.mesh.data % machines.slices
     sections = ("model", "data", "train", "mesh", "execution", "cluster")
     return bool(crosses or spec_checks.impossible_combinations(**{name: getattr(spec, name) for name in sections}))

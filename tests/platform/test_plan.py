@@ -84,10 +84,20 @@ def test_the_large_models_fit_with_the_original_batch_and_what_is_proposed_is_a_
     assert spec.spec_hash(proposed) == spec.spec_hash(run)
 
 
+def test_a_way_of_the_run_files_own_that_does_not_fit_is_told_and_replaced(run_8b):
+    own = spec.load("openmoe_8b", ["mesh={data: 2, expert: 32}", "execution.remat=none"])
+    found = plan.plan(own, plan_hardware.parse("v4-128"), ASSUMED, spot=True)
+    assert found.way.fits
+    assert not found.own.fits
+    mesh = plan.sections(found, ASSUMED, spot=True)[0].facts[1]
+    assert re.search(r"the best of \d+ legal ways; the run file's own takes \d+\.\d GiB and does not fit", mesh.note)
+
+
 def test_the_34b_model_does_not_fit_where_its_state_alone_is_too_much(run_8b):
     run = run_8b.model_copy(update={"model": PRESETS["openmoe-34b"]})
     found = plan.plan(run, plan_hardware.parse("v4-32"), ASSUMED, spot=True)
     assert not any(way.fits for way in found.ways)
+    assert found.way.memory_bytes == min(way.memory_bytes for way in found.ways)
 
 
 def test_between_slices_lies_the_data_axis_alone(run_8b):
