@@ -2,20 +2,67 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from openmoe.model import counts
-from openmoe.model.config import PRESETS, ModelConfig
-from openmoe.platform import plan, spec_checks
+from openmoe.model.config import PRESETS, ExecutionConfig, ModelConfig
+from openmoe.platform import plan, spec_checks, validate_memory
 from openmoe.platform.facts import listed, short
 from openmoe.platform.plan_assumptions import Assumptions
 from openmoe.platform.plan_hardware import Machines, parse
 from openmoe.platform.spec import RunSpec
 from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.spec_sections import MeshConfig
 
 TOPOLOGIES = ("v4-32", "v4-128", "v4-256", "v5p-64", "v5p-128", "v5e-256", "v6e-256")
 COLUMNS = (
     *("preset", "slice", "chips", "mesh", "remat", "parts", "memory, GiB", "of", "fits"),
     *("ways that fit", "step, s", "tokens/s", "limit"),
 )
+PEAK_COLUMNS = ("preset", "slice", "mesh", "remat", "microbatches", "parts", "compiler, GiB", "estimate", "off")
+
+
+class Peak(NamedTuple):
+    """Memory that a device needs for a program of libtpu 0.0.42, compiled with little search for fast code."""
+
+    preset: str
+    slice_name: str
+    mesh: dict[str, int]
+    remat: Literal["none", "dots", "full"]
+    microbatches: int
+    parts: int
+    gib: float
+
+    def run(self, base: RunSpec) -> RunSpec:
+        """Returns the run that was compiled, with the batch of the 8B model's."""
+        train = base.train.model_copy(update={"microbatches": self.microbatches})
+        execution = ExecutionConfig(scan_blocks=True, remat=self.remat, accumulation_steps=self.parts)
+        changes = {"model": PRESETS[self.preset], "mesh": MeshConfig(**self.mesh), "execution": execution}
+        return base.model_copy(update={**changes, "train": train})
+
+
+PEAKS = (
+    Peak("openmoe-8b", "v4-128", {"fsdp": 8, "expert": 8}, "full", 8, 1, 14.26),
+    Peak("openmoe-8b", "v4-128", {"fsdp": 2, "expert": 32}, "full", 8, 1, 25.73),
+    Peak("openmoe-8b", "v4-128", {"fsdp": 8, "expert": 8}, "dots", 8, 1, 17.99),
+    Peak("openmoe-8b", "v5p-128", {"fsdp": 8, "expert": 8}, "none", 8, 1, 38.51),
+    Peak("openmoe-8b", "v5p-64", {"fsdp": 4, "expert": 8}, "full", 8, 2, 19.76),
+    Peak("openmoe-8b", "v5p-64", {"fsdp": 4, "expert": 8}, "full", 8, 1, 23.67),
+    Peak("openmoe-34b", "v4-256", {"fsdp": 4, "expert": 8, "tensor": 4}, "full", 8, 1, 14.22),
+    Peak("openmoe-34b", "v4-256", {"fsdp": 16, "expert": 8}, "full", 2, 1, 25.13),
+    Peak("openmoe-base", "v4-32", {"expert": 16}, "none", 8, 1, 21.81),
+)
+
+
+def peaks(spec: RunSpec) -> list[tuple[str, ...]]:
+    """Returns what the compiler said of some programs beside the estimates."""
+    found = []
+    for peak in PEAKS:
+        run = peak.run(spec)
+        gib = validate_memory.estimate(run).total / 2**30
+        first = (peak.preset, peak.slice_name, str(run.mesh), peak.remat, str(peak.microbatches), str(peak.parts))
+        found.append((*first, f"{peak.gib:.1f}", f"{gib:.1f}", f"{gib / peak.gib - 1:+.0%}"))
+    return found
 
 
 def table(spec: RunSpec, assumptions: Assumptions) -> list[tuple[str, ...]]:
@@ -73,6 +120,10 @@ def page(spec: RunSpec, assumptions: Assumptions, command: str) -> str:
         batch=f"{batch}, {spec.train.microbatches} microbatches of {rows}",
         mfu=f"{assumptions.mfu:.0%}",
         table=_markdown(COLUMNS, table(spec, assumptions)),
+        peaks=_markdown(
+            ("preset", "slice", "mesh", "remat", "microbatches", "parts", "compiler, GiB", "estimate", "off"),
+            peaks(spec),
+        ),
         legal=_markdown(("preset", "parameters", "group", "data x fsdp x expert", "expert", "tensor"), legal(spec)),
     )
 
@@ -118,6 +169,15 @@ The run file's own mesh is taken where it is for so many chips and fits, else th
 free. The smallest models will not reach such a share of the peak of so many chips.
 
 {table}
+
+## How near the memory estimate is
+
+To the peaks that libtpu 0.0.42 states for steps on 1,024 rows of 2,048 tokens, compiled without a TPU:
+
+{peaks}
+
+Of the first of them, arithmetic was estimated 1 % too high, gathers along fsdp and exchanges with experts exactly, and
+traffic to memory 5 % too low; the latter was off by up to 25 % in others.
 
 ## Legal meshes
 

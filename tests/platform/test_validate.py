@@ -7,7 +7,7 @@ from openmoe.model.config import PRESETS, ExecutionConfig, OptimizerConfig
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, tokenizer
 from openmoe.pipelines.config import DataError
-from openmoe.platform import spec, validate, validate_memory
+from openmoe.platform import plan_page, spec, validate, validate_memory
 from openmoe.platform.spec_checks import legal_meshes
 from openmoe.platform.spec_errors import SpecError
 
@@ -89,21 +89,10 @@ def test_activations_of_the_8b_shrink_with_what_is_recomputed(remat, kept_gib, a
     assert sum(gib(2, False)) >= sum(gib(2, True))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "remat", "microbatches", "peak_gib"),
-    [
-        ("{fsdp: 8, expert: 8}", "full", 8, 14.26),
-        ("{fsdp: 2, expert: 32}", "full", 8, 25.73),
-        ("{fsdp: 8, expert: 8}", "dots", 8, 17.99),
-        ("{fsdp: 8, expert: 8}", "none", 8, 38.51),
-        ("{fsdp: 8, expert: 8}", "full", 1, 12.24),
-    ],
-)
-def test_the_estimate_is_near_what_the_tpu_compiler_takes(mesh, remat, microbatches, peak_gib):
-    """Peaks of libtpu 0.0.42.1 for the 8B model on a v4 of 4x4x4, a v5p for the last, with scanned blocks."""
-    run = spec.load("openmoe_8b", [f"mesh={mesh}", f"execution.remat={remat}", f"train.microbatches={microbatches}",
-                                   f"train.batch_rows={128 * microbatches}"])  # fmt: skip
-    assert validate_memory.estimate(run).total / 2**30 == pytest.approx(peak_gib, rel=0.1)
+@pytest.mark.parametrize("peak", plan_page.PEAKS, ids=lambda peak: f"{peak.preset}-{peak.slice_name}-{peak.remat}")
+def test_the_estimate_is_near_what_the_tpu_compiler_takes(peak):
+    run = peak.run(spec.load("openmoe_8b"))
+    assert validate_memory.estimate(run).total / 2**30 == pytest.approx(peak.gib, rel=0.1)
 
 
 def test_sharded_parameters_take_their_share_of_a_device():
