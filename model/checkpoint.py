@@ -8,8 +8,11 @@ what was restored.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +22,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import Array
 
-from openmoe.model.interop import CheckpointError, each_once
+from openmoe.model import interop
+from openmoe.model.interop import CheckpointError, Report, each_once
 from openmoe.model.step import TrainState
 
 _PART_NUMBERS = 2**20  # that `sum_of` takes at a time
@@ -71,6 +75,68 @@ class Checkpointer:
         return self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """An array to be written that has not been read yet; no tuple, so that Orbax takes it for a leaf."""
+
+    source: interop.Readable
+    dtype: np.dtype
+    read_one: Callable[[], None]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self) -> np.ndarray:
+        self.read_one()
+        return self.source.read().astype(self.dtype, copy=False)
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Reads and writes an array before the next one; Orbax's own handler is given all of them."""
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            await super()._background_serialize([value.read()], [info], [arg])
+
+
+def write(directory: str, step: int, state: Any, template: TrainState, facts: dict[str, Any], report: Report) -> None:
+    """Writes a checkpoint as `Checkpointer.save` does, from arrays that are read one by one.
+
+    Args:
+      directory: its folder's parent.
+      step: names the checkpoint.
+      state: a tree of `Readable`.
+      template: the same tree of shapes and types; what is stored in another type is converted.
+      facts: about it, JSON.
+      report: told before each array is read.
+
+    Raises:
+      FileExistsError: the step has been saved before.
+    """
+    likes, places = jax.tree.flatten(template)
+    done = itertools.count(1)
+    unread = [
+        _Unread(source, like.dtype, lambda: report(next(done), len(likes)))
+        for like, source in zip(likes, places.flatten_up_to(state), strict=True)
+    ]
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (_Unread, _OneByOne(deepcopy_host_arrays=False)), (Array, ocp.type_handlers.get_type_handler(Array))
+    )
+    item_handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)}
+    manager = ocp.CheckpointManager(
+        _absolute(directory), item_handlers=item_handlers | {"loader": ocp.JsonCheckpointHandler()}
+    )
+    tree = ocp.args.PyTreeSave(places.unflatten(unread))
+    if not manager.save(step, args=ocp.args.Composite(state=tree, loader=ocp.args.JsonSave(facts))):
+        raise FileExistsError(f"{directory}/{step}: saved before; use another folder")
+    manager.wait_until_finished()
+
+
 class StoredLeaf(NamedTuple):
     """An array of a checkpoint, not read yet."""
 
@@ -93,8 +159,10 @@ class StoredLeaf(NamedTuple):
         wanted = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
         try:
             leaf = ocp.PyTreeCheckpointHandler().restore(self.folder, args=wanted)
-        except (ValueError, OSError) as error:
-            name, reason = "/".join(self.keys), " ".join(str(error).split())[:300]
+        except (MemoryError, RuntimeError):
+            raise
+        except Exception as error:  # of many kinds: Orbax passes some on as a plain Exception
+            name, reason = "/".join(self.keys), interop.origin(error)
             problem = f"{self.folder}: {name}: cannot be read: {reason}"
             raise CheckpointError(f"{problem}; if it is damaged, copy the checkpoint once more") from error
         for key in self.keys:
@@ -112,16 +180,21 @@ def stored(path: str, template: TrainState) -> Any:
     Raises:
       CheckpointError: there is no such checkpoint, or it is of another model (UnknownArray, MissingArray, WrongShape).
     """
+    found = stored_leaves(path)
+    wanted = {"/".join(_keys(at)): like for at, like in jax.tree.leaves_with_path(template)}
+    each_once(path, found, wanted, "choose the model and optimizer settings it was written with")
+    return jax.tree.map_with_path(lambda at, like: found["/".join(_keys(at))], template)
+
+
+def stored_leaves(path: str) -> dict[str, StoredLeaf]:
+    """Returns all arrays of a checkpoint by name, whatever model it is of; raises CheckpointError if there is none."""
     folder = epath.Path(_absolute(path)) / "state"
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: no checkpoint of Orbax; give the path of one step, such as DIR/1000") from error
     leaves = [(_keys(at), like.shape) for at, like in jax.tree.leaves_with_path(tree)]
-    found = {"/".join(keys): StoredLeaf(folder, keys, shape) for keys, shape in leaves}
-    wanted = {"/".join(_keys(at)): like for at, like in jax.tree.leaves_with_path(template)}
-    each_once(path, found, wanted, "choose the model and optimizer settings it was written with")
-    return jax.tree.map_with_path(lambda at, like: found["/".join(_keys(at))], template)
+    return {"/".join(keys): StoredLeaf(folder, keys, shape) for keys, shape in leaves}
 
 
 def _absolute(path: str) -> str:

@@ -157,6 +157,13 @@ def explained(path: str, reason: Callable[[Exception], str] = str) -> Generator[
         raise CheckpointError(f"{path}: cannot be written: {reason(error)}") from error
 
 
+def origin(error: BaseException) -> str:
+    """Returns in one line what began an error: Orbax wraps TensorStore's words, which name the array."""
+    while error.__cause__ is not None and not isinstance(error, CheckpointError):
+        error = error.__cause__
+    return " ".join(str(error).split()).partition(" [tensorstore_spec")[0][:500] or type(error).__name__
+
+
 def files(path: str) -> Any:
     """Returns the file system of a path, local or gs://."""
     return fsspec.core.url_to_fs(path, use_listings_cache=False)[0]

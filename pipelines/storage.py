@@ -166,6 +166,14 @@ def list_folders(folder: str) -> list[str]:
     return sorted(names)
 
 
+def folder_bytes(folder: str) -> int:
+    """Returns how many bytes the files in a folder and its folders have together."""
+    with _explained(folder, "be measured"):
+        if is_remote(folder):
+            return _gcs().du(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
 def remove_folder(folder: str) -> None:
     """Removes a folder and all that is in it; nothing happens when there is none."""
     with _explained(folder, "be removed"), contextlib.suppress(FileNotFoundError):

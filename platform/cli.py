@@ -9,6 +9,7 @@ import typer
 
 from openmoe.platform import (
     cli_ablate,
+    cli_checkpoint,
     cli_cluster,
     cli_convert,
     cli_dashboard,
@@ -199,6 +200,7 @@ app.add_typer(cli_jobs.controller_app, name="controller")
 app.add_typer(cli_schedule.app, name="schedule")
 app.add_typer(cli_cluster.app, name="cluster")
 cli_render.add_to(cli_cluster.app)
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.add_typer(cli_ledger.app, name="ledger")
 app.add_typer(cli_data.app, name="data")
 cli_ablate.add_to(model_app)

@@ -129,21 +129,14 @@ def _state(path: str, kind: Format, config: ModelConfig) -> Any:
 
 
 def _write_orbax(folder: str, state: Any, config: ModelConfig, show: ProgressReport) -> str:
-    """Holds all of it: Orbax saves whole trees of arrays."""
-    from openmoe.model import interop
-    from openmoe.model.checkpoint import Checkpointer
+    from openmoe.model import checkpoint
     from openmoe.pipelines import storage
     from openmoe.platform.spec_errors import Problem, SpecError
 
     path = storage.join(folder, str(step := int(state.step.read())))
     if storage.exists(path):
         raise SpecError([Problem("", "is there already; remove it, or choose another folder")], path)
-    placed = interop.placed(state, _template(config), _counted(show, "read"))
-    show("write", 0, 1, "checkpoints")
-    checkpointer = Checkpointer(folder)
-    checkpointer.save(step, placed, {"next_row": 0})
-    checkpointer.wait()
-    show("write", 1, 1, "checkpoints")
+    checkpoint.write(folder, step, state, _template(config), {"next_row": 0}, _counted(show, "write"))
     return path
 
 

@@ -58,11 +58,13 @@ def generate(
     """Continue prompts with the newest accepted checkpoint of a run, on this machine."""
     from openmoe.model import sample
     from openmoe.pipelines import tokenizer
-    from openmoe.platform.run_dir import RunDir
+    from openmoe.platform.run_dir import RunDir, RunDirError
 
     sampling = _sampling(0.0 if greedy else temperature, top_k, top_p)
     run = RunDir(run_dir)
-    spec, accepted = _opened(run)
+    spec, accepted = run.spec(), run.newest_accepted()
+    if accepted is None:
+        raise RunDirError(f"{run.path}: the run has no accepted checkpoint yet; train it until its first one")
     model = tokenizer.load(spec.data.tokenizer)
     num_sentinels = spec.data.num_sentinels
     answers = [_asked(text, style, model, num_sentinels) for text in prompts or _lines(sys.stdin)]
@@ -220,26 +222,6 @@ def _sampling(temperature: float, top_k: int, top_p: float) -> "Sampling":
 def _lines(file: Iterable[str]) -> list[str]:
     """Returns the prompts of standard input, a line each; empty lines are none."""
     return [line.rstrip("\n") for line in file if line.strip()]
-
-
-def _opened(run: "RunDir") -> "tuple[RunSpec, Acceptance]":
-    """Returns what the run is and its newest checkpoint that counts."""
-    from pydantic import ValidationError
-
-    from openmoe.platform import spec as spec_file
-    from openmoe.platform.run_dir import RunDirError
-    from openmoe.platform.spec_errors import SpecError, problems_of
-
-    if not run.exists():
-        raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
-    try:
-        spec = spec_file.RunSpec.model_validate_json(json.dumps(run.record()["spec"]))
-    except ValidationError as error:
-        raise SpecError(problems_of(error, spec_file.json_schema()), run.at("run.json")) from error
-    accepted = run.newest_accepted()
-    if accepted is None:
-        raise RunDirError(f"{run.path}: the run has no accepted checkpoint yet; train it until its first one")
-    return spec, accepted
 
 
 def _check(answers: Sequence[Answer], spec: "RunSpec", max_tokens: int) -> None:

@@ -16,7 +16,7 @@ SAME_IN_BOTH = ("step", "next_row", "incarnation", "data_id", "ledger_head")  # 
 _UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 
 
-_REASON_LEN = 500
+NOT_DAMAGE = (MemoryError, RuntimeError)  # of the devices or a peer, or it is named already
 
 
 class DamagedCheckpoint(RuntimeError):
@@ -52,13 +52,10 @@ def restored(run: RunDir, accepted: Acceptance, template: step.TrainState) -> tu
         if reason := foreign(facts, accepted, record):
             raise DamagedCheckpoint(accepted.number, where + reason)
         state, _ = checkpointer.restore(int(number), template)
-    except (MemoryError, RuntimeError):
-        raise  # of the devices, or of a peer; or it is named already
+    except NOT_DAMAGE:
+        raise
     except Exception as error:  # of many kinds: Orbax passes some on as a plain Exception
-        words = _reason(error)
-        if any(word in words for word in _UNAVAILABLE):
-            raise storage.StorageUnavailable(f"{run.at(accepted.checkpoint)}: cannot be read: {words}") from error
-        raise DamagedCheckpoint(accepted.number, f"{where}cannot be read: {words}") from error
+        raise DamagedCheckpoint(accepted.number, where + reason_of(error, run.at(accepted.checkpoint))) from error
     if reason := differing(checkpoint.examine(state), template, facts, accepted):
         raise DamagedCheckpoint(accepted.number, where + reason)
     return state, facts
@@ -95,9 +92,13 @@ def differing(found: checkpoint.Examined, like: Any, facts: Mapping[str, Any], a
     return f"{interop.listed(found.not_finite)}: holds numbers that are not finite" if found.not_finite else ""
 
 
-def _reason(error: BaseException) -> str:
-    """Returns in one line what began it: TensorStore's words name the array."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    words = " ".join(str(error).split()).partition(" [tensorstore_spec")[0]
-    return words[:_REASON_LEN] or type(error).__name__
+def reason_of(error: Exception, path: str) -> str:
+    """Returns in one line why the checkpoint at `path` cannot be read; TensorStore's words name the array.
+
+    Raises:
+      StorageUnavailable: storage did not answer, so that nothing is said about the checkpoint.
+    """
+    words = interop.origin(error)
+    if any(word in words for word in _UNAVAILABLE):
+        raise storage.StorageUnavailable(f"{path}: cannot be read: {words}") from error
+    return words if isinstance(error, interop.CheckpointError) else f"cannot be read: {words}"

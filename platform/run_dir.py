@@ -21,11 +21,14 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from openmoe.pipelines import storage
 from openmoe.platform import journal, lineage
 from openmoe.platform import spec as spec_file
 from openmoe.platform.lineage import Acceptance, Claim
 from openmoe.platform.spec import RunSpec
+from openmoe.platform.spec_errors import SpecError, problems_of
 
 FORMAT = 1
 
@@ -67,7 +70,7 @@ class RunDir:
             return
         there = self.record()
         if there["spec_hash"] != record["spec_hash"]:
-            changed = "; ".join(_differences(there["mathematics"], mathematics))
+            changed = "; ".join(differences(there["mathematics"], mathematics))
             raise RunDirError(
                 f"run_dir: {self.path} belongs to another run ({changed}); "
                 "choose another run_dir, or restore those settings to go on with it"
@@ -87,6 +90,20 @@ class RunDir:
                 f"{self.at('run.json')}: not that of a run, it has no `{lacking[0]}`; choose another run_dir"
             )
         return there
+
+    def spec(self) -> RunSpec:
+        """Returns the run file that the run was created with.
+
+        Raises:
+          RunDirError: no run is here.
+          SpecError: this version cannot read it.
+        """
+        if not self.exists():
+            raise RunDirError(f"{self.path}: no run is here; `openmoe runs` lists those of a folder")
+        try:
+            return RunSpec.model_validate_json(json.dumps(self.record()["spec"]))
+        except ValidationError as error:
+            raise SpecError(problems_of(error, spec_file.json_schema()), self.at("run.json")) from error
 
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Returns a JSON object kept inside."""
@@ -186,11 +203,11 @@ def _encode(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Returns dotted paths whose values differ, as "a.b: 1 there, 2 here"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} here"]
 
 

@@ -144,14 +144,8 @@ class Saver:
 
     def _prune(self, newest: Acceptance) -> None:
         """Removes the checkpoints that need not be kept, and what earlier incarnations have left unfinished."""
-        claims, everything, train = self._run.claims(), self._run.acceptances(), self._spec.train
+        claims, everything, keep = self._run.claims(), self._run.acceptances(), self._spec.train.retention
         valid = lineage.valid_acceptances(claims, everything, self._run.quarantined())
-        keep = lineage.Retention(
-            newest=train.keep_checkpoints,
-            every_steps=train.keep_every_steps,
-            best=train.keep_best,
-            metric=train.best_metric,
-        )
         if newest.number not in {a.number for a in valid}:
             return  # another has claimed the run: what stays is its affair
         self._stored = {*(self._run.stored_checkpoints() if self._stored is None else self._stored), newest.checkpoint}

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openmoe.clusters import tpu
+from openmoe.platform.lineage import Retention
 
 
 class Section(BaseModel):
@@ -48,6 +49,16 @@ class TrainConfig(Section):
                 f"epochs: a run has steps or epochs, got steps={self.steps} too; remove one (or train.steps=null)"
             )
         return self
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(
+            newest=self.keep_checkpoints,
+            every_steps=self.keep_every_steps,
+            best=self.keep_best,
+            metric=self.best_metric,
+        )
 
     @property
     def total_steps(self) -> int:

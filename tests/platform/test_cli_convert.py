@@ -50,8 +50,7 @@ def test_from_t5x_to_orbax_and_back_is_the_same_state(folder, state, mesh):
     there = ("convert", "t5x/checkpoint_5", "orbax", "--from", "t5x", "--to", "orbax", "--model", "openmoe-nano")
     result = openmoe(*there, cwd=folder)
     assert (result.returncode, result.stdout) == (0, "orbax/5\n"), result.stderr
-    assert "read: 136 of 136 arrays" in result.stderr
-    assert "write: 1 of 1 checkpoints" in result.stderr
+    assert "write: 136 of 136 arrays" in result.stderr
     restored, loader_state = checkpoint.Checkpointer(str(folder / "orbax")).restore(5, template)
     assert checkpoint.checksum(restored) == checkpoint.checksum(state)
     assert loader_state == {"next_row": 0}

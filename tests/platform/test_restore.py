@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint on a disk, and what is said about it; the same bits on any mesh."""
+"""What becomes of a checkpoint on a disk, and what restoring and `openmoe checkpoint` say about it."""
 
 import itertools
 import json
@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from openmoe.model import checkpoint, sharding, step
-from openmoe.platform import restore, spec
+from openmoe.platform import cli, restore, spec
 from openmoe.platform.lineage import Claim, Position
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.restore import DamagedCheckpoint
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.saver import NonFiniteState, Saver
 
 SETTINGS = (
@@ -202,3 +203,70 @@ def test_host_and_devices_add_up_the_same_bits(shape, dtype, monkeypatch):
     monkeypatch.setattr(checkpoint, "_PART_NUMBERS", 7)
     array = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(shape) * 1e6).astype(dtype))
     assert checkpoint.examine({"a": array}).sums == {"a": checkpoint.sum_of(array)}
+
+
+def openmoe(*arguments):
+    """Exit code and JSON of a command."""
+    result = CliRunner().invoke(cli.app, ["checkpoint", *arguments, "--json"])
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_the_list_says_why_each_checkpoint_is_kept_or_what_became_of_it(run):
+    [first] = run.acceptances()
+    for number, loss in ((2, 4.5), (3, 4.0), (4, 4.2), (5, 4.1)):
+        checkpoint_path = f"checkpoints/000001/{2 * number}"
+        accepted = replace(first, number=number, step=2 * number, checkpoint=checkpoint_path, metrics={"loss": loss})
+        run.accept(accepted)
+    run.quarantine(2, "checkpoints/000001/4: is gone")
+    exit_code, found = openmoe("list", run.path)
+    assert exit_code == 0
+    assert found[0]["stored_bytes"] == sum(
+        path.stat().st_size for path in Path(run.at("checkpoints/000001/2")).rglob("*") if path.is_file()
+    )
+    assert [(c["step"], c["tokens"], c["incarnation"], c["metric"], c["state"], c["why"]) for c in found] == [
+        (2, 2048, 1, 5.5, "kept", "until the next save"),
+        (4, 4096, 1, 4.5, "quarantined", "checkpoints/000001/4: is gone"),
+        (6, 6144, 1, 4.0, "missing", "should be kept: newest"),
+        (8, 8192, 1, 4.2, "missing", "should be kept: newest"),
+        (10, 10240, 1, 4.1, "missing", "should be kept: newest"),
+    ]
+    run.claim()
+    Path(run.at("incarnations/000002.json")).write_text('{"incarnation": 2, "resumes": 1, "time_s": 0.0}')
+    assert [c["why"] for c in openmoe("list", run.path)[1]][2:] == ["incarnation 2 went on from step 2"] * 3
+    shown = CliRunner().invoke(cli.app, ["checkpoint", "list", run.path]).stdout.splitlines()
+    assert shown[0].rstrip() == "checkpoints of quickstart"
+    assert [line.split()[0] for line in shown[2:7]] == ["2", "4", "6", "8", "10"]
+
+
+def test_verify_names_the_first_damaged_array_and_exits_with_1(run):
+    assert openmoe("verify", run.path) == (0, [{"step": 2, "whole": True, "damage": ""}])
+    files = sorted(Path(run.at("checkpoints/000001/2/state")).rglob("d/*"), key=lambda path: path.stat().st_size)
+    files[-1].unlink()
+    exit_code, [found] = openmoe("verify", run.path, "--step", "2")
+    assert exit_code == 1
+    assert (found["step"], found["whole"]) == (2, False)
+    assert "params/" in found["damage"]
+    assert "cannot be read" in found["damage"]
+    with pytest.raises(RunDirError, match="--step 3: no checkpoint of this step can be restored; there are 2"):
+        CliRunner().invoke(cli.app, ["checkpoint", "verify", run.path, "--step", "3"], catch_exceptions=False)
+
+
+def test_diff_says_how_far_apart_two_checkpoints_are(made, run, tmp_path):
+    _, state, original = made
+    assert openmoe("diff", original.path, run.at("checkpoints/000001/2"))[0] == 0
+    changed = np.array(state.params["token_embedder"]["embedding"])
+    changed[3, 5] += 0.5
+    other = spec.load("quickstart", [*SETTINGS, "seed=7", "name=other", f"run_dir={tmp_path}/other"])
+    accept(other, state._replace(params={**state.params, "token_embedder": {"embedding": jnp.asarray(changed)}}))
+    exit_code, found = openmoe("diff", original.path, other.run_dir)
+    assert exit_code == 1
+    [array] = [array for array in found["arrays"] if array["status"] != "equal"]
+    assert (array["name"], array["status"], array["max_abs"]) == (EMBEDDING, "changed", pytest.approx(0.5, rel=1e-6))
+    assert array["max_rel"] == pytest.approx(0.5 / abs(changed[3, 5]), rel=1e-5)
+    assert array["norm_b"] == pytest.approx(float(np.linalg.norm(changed)), rel=1e-6)
+    assert found["spec"] == ["data.seed: 0 there, 7 here", "seed: 0 there, 7 here"]
+    assert found["facts"][0] == 'run: "quickstart" there, "other" here'
+    shown = CliRunner().invoke(cli.app, ["checkpoint", "diff", original.path, other.run_dir]).stdout.splitlines()
+    assert "seed: 0 in A, 7 in B" in shown
+    assert shown[-1] == f"{len(found['arrays']) - 1} of {len(found['arrays'])} arrays are equal to the last bit"
