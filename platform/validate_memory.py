@@ -71,7 +71,10 @@ def estimate(spec: RunSpec) -> Memory:
     kernels = used - 2 * vocabulary // FLOAT32_BYTES
     of_block = kernels * model.block_layers // model.num_layers
     block += of_block * (size + (FLOAT32_BYTES if mesh.fsdp > 1 else size))
-    logits = FLOAT32_BYTES * min(rows * spec.data.seq_len * model.vocab_size // mesh.tensor, counts.BLOCK_LOGITS)
+    block_positions = max(counts.BLOCK_LOGITS * mesh.tensor // model.vocab_size, 1)
+    if spec.cluster.accelerator == "cpu":
+        block_positions = min(block_positions, counts.CPU_BLOCK_POSITIONS)
+    logits = FLOAT32_BYTES * min(rows * spec.data.seq_len, block_positions) * model.vocab_size // mesh.tensor
     head = 2 * vocabulary + 4 * logits
     return Memory(
         parameters=parameters,
