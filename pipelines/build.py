@@ -19,7 +19,7 @@ import logging
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -121,20 +121,13 @@ def _tokenize(
     uri = config.tokenizer
     keyed = {token_cache.key(unit, tokenizer.load(uri)): unit for unit in units}
     tasks = {key: {"unit": asdict(unit), "uri": uri, "folder": folder} for key, unit in keyed.items()}
-    receipts = _committed(folder, tasks)
+    receipts = storage.receipts(folder, tasks)
     missing = [task for key, task in tasks.items() if key not in receipts]
     quarantine = limits.Quarantine(config, folder, receipts.values())
     for receipt in _run(_tokenize_task, missing, TOKENIZE_STUCK_S, place, quarantine):
         receipts[receipt["key"]] = receipt
         report("tokenize", len(receipts), len(keyed), "units")
     return receipts
-
-
-def _committed(folder: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Returns the receipts that a folder has, by key."""
-    present = set(storage.list_files(folder))
-    done = [key for key in keys if f"{key}.json" in present]
-    return {key: json.loads(storage.read_bytes(storage.join(folder, f"{key}.json"))) for key in done}
 
 
 def _select(
@@ -149,7 +142,7 @@ def _select(
     selection.write_plan(plan)
     splits: dict[str, Any] = {}
     for kind, names in selection.stages(plan):
-        done = _committed(plan.folder, names)
+        done = storage.receipts(plan.folder, names)
         tasks = [{"folder": plan.folder, "name": name} for name in names if name not in done]
         for receipt in _run(_select_task, tasks, PACK_STUCK_S, place):
             done[receipt["key"]] = receipt

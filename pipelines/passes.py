@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,6 @@ from openmoe.pipelines.config import DataError
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.permute import Permutation
 
-RECEIPTS_AT_ONCE = 64  # requests in flight
 _FAR = 2**40  # rows that no stream ever has
 
 
@@ -206,14 +204,12 @@ def _receipts(folder: str, first: int) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     at_once = 1
-    with ThreadPoolExecutor(RECEIPTS_AT_ONCE) as pool:
-        while True:
-            names = (_receipt_of(folder, first + len(found) + i) for i in range(at_once))
-            for content in pool.map(storage.read_if_present, names):
-                if content is None:
-                    return found
-                found.append(json.loads(content))
-            at_once = min(2 * at_once, RECEIPTS_AT_ONCE)
+    while True:
+        for content in storage.read_all(_receipt_of(folder, first + len(found) + i) for i in range(at_once)):
+            if content is None:
+                return found
+            found.append(json.loads(content))
+        at_once = min(2 * at_once, storage.READS_AT_ONCE)
 
 
 def finish(manifest: Manifest, stream: int, number: int, groups: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from openmoe.pipelines import storage
 from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataError, SourceConfig
+from openmoe.pipelines.storage import FileInfo
 
 _SUFFIX = {"redpajama": ".jsonl", "text": ".txt"}
 _CODECS = {"": None, ".zst": "zstd", ".gz": "gzip"}
@@ -85,27 +87,31 @@ class BadLine(NamedTuple):
 
 def inventory(source: SourceConfig, unit_bytes: int) -> list[Unit]:
     """Returns the units of all files of a source, in the order of their paths."""
-    paths = find(source)
+    files = find(source)
     if source.format == "text":
-        return list(_grouped(source, paths, unit_bytes))
-    return [unit for path in paths for unit in _cut(source, path, unit_bytes)]
+        return list(_grouped(source, files, unit_bytes))
+    if source.format != "the_stack":
+        return [unit for path, info in files.items() for unit in _cut(source, path, info, unit_bytes)]
+    with ThreadPoolExecutor(storage.READS_AT_ONCE) as pool:  # the end of each file says what row groups it has
+        cut = pool.map(lambda path: list(_cut_row_groups(source, path, files[path], unit_bytes)), files)
+        return [unit for units in cut for unit in units]
 
 
-def find(source: SourceConfig) -> list[str]:
-    """Returns the sorted paths of a source's files; none when it is missing and may be.
+def find(source: SourceConfig) -> dict[str, FileInfo]:
+    """Returns a source's files by their sorted paths, one listing a pattern; none when it is missing and may be.
 
     Raises:
       DataError: a pattern matches nothing, unless none does and `missing` is `renormalize`.
     """
     found = {pattern: storage.glob(pattern) for pattern in source.paths}
     if source.missing == "renormalize" and not any(found.values()):
-        return []
-    for pattern, paths in found.items():
-        if not paths:
+        return {}
+    for pattern, files in found.items():
+        if not files:
             raise DataError(
                 f"sources.{source.name}.paths: {pattern} matches no file; correct it or leave the source out"
             )
-    return sorted({path for paths in found.values() for path in paths})
+    return dict(sorted((path, info) for files in found.values() for path, info in files.items()))
 
 
 def read(unit: Unit) -> Iterator[Document | BadLine]:
@@ -128,12 +134,12 @@ def read(unit: Unit) -> Iterator[Document | BadLine]:
             yield _parse_text(path, offset, raw)
 
 
-def _unit(source: SourceConfig, path: str, fingerprint: str, start: int, stop: int, **files: Any) -> Unit:
+def _unit(source: SourceConfig, path: str, info: FileInfo, start: int, stop: int, **files: Any) -> Unit:
     return Unit(
         source=source.name,
         format=source.format,
         path=path,
-        fingerprint=fingerprint,
+        fingerprint=_fingerprint(info),
         start=start,
         stop=stop,
         max_document_bytes=source.max_document_bytes,
@@ -141,41 +147,42 @@ def _unit(source: SourceConfig, path: str, fingerprint: str, start: int, stop: i
     )
 
 
-def _grouped(source: SourceConfig, paths: list[str], unit_bytes: int) -> Iterator[Unit]:
+def _fingerprint(info: FileInfo) -> str:
+    return f"{info.size}:{info.fingerprint}"
+
+
+def _grouped(source: SourceConfig, files: dict[str, FileInfo], unit_bytes: int) -> Iterator[Unit]:
     """Yields units of whole files, in order; each but the last holds at least `unit_bytes`."""
-    files: list[tuple[str, str]] = []
-    held = 0
-    for path in paths:
+    held: list[tuple[str, FileInfo]] = []
+    held_bytes = 0
+    for number, (path, info) in enumerate(files.items(), 1):
         _codec(source.format, path)
-        size, changed = storage.info(path)
-        files.append((path, f"{size}:{changed}"))
-        held += size
-        if held >= unit_bytes or path == paths[-1]:
-            yield _unit(source, files[0][0], files[0][1], 0, len(files), files=tuple(files))
-            files, held = [], 0
+        held.append((path, info))
+        held_bytes += info.size
+        if held_bytes >= unit_bytes or number == len(files):
+            named = tuple((each, _fingerprint(of_each)) for each, of_each in held)
+            first, of_first = held[0]
+            yield _unit(source, first, of_first, 0, len(held), files=named)
+            held, held_bytes = [], 0
 
 
-def _cut(source: SourceConfig, path: str, unit_bytes: int) -> Iterator[Unit]:
-    size, changed = storage.info(path)
-    fingerprint = f"{size}:{changed}"
+def _cut(source: SourceConfig, path: str, info: FileInfo, unit_bytes: int) -> Iterator[Unit]:
+    if _codec(source.format, path):
+        yield _unit(source, path, info, 0, info.size)
+        return
+    for start in range(0, info.size, unit_bytes):
+        yield _unit(source, path, info, start, min(start + unit_bytes, info.size))
 
-    def unit(start: int, stop: int) -> Unit:
-        return _unit(source, path, fingerprint, start, stop)
 
-    if source.format == "the_stack":
-        with _parquet(path) as file:
-            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
-        start, held = 0, 0
-        for stop, group_bytes in enumerate(groups, 1):
-            held += group_bytes
-            if held >= unit_bytes or stop == len(groups):
-                yield unit(start, stop)
-                start, held = stop, 0
-    elif _codec(source.format, path):
-        yield unit(0, size)
-    else:
-        for start in range(0, size, unit_bytes):
-            yield unit(start, min(start + unit_bytes, size))
+def _cut_row_groups(source: SourceConfig, path: str, info: FileInfo, unit_bytes: int) -> Iterator[Unit]:
+    with _parquet(path) as file:
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
+    start, held = 0, 0
+    for stop, group_bytes in enumerate(groups, 1):
+        held += group_bytes
+        if held >= unit_bytes or stop == len(groups):
+            yield _unit(source, path, info, start, stop)
+            start, held = stop, 0
 
 
 def _codec(kind: str, path: str) -> str | None:

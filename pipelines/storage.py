@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import glob as local_glob
 import io
+import json
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 _GS = "gs://"
-_READS_AT_ONCE = 64
+READS_AT_ONCE = 64  # requests in flight
 
 
 class StorageError(ValueError):
@@ -56,16 +57,6 @@ def exists(path: str) -> bool:
         return _gcs().exists(path) if is_remote(path) else os.path.exists(path)  # noqa: PTH110
 
 
-def info(path: str) -> FileInfo:
-    """Returns size and fingerprint of a file."""
-    with _explained(path, "be looked up"):
-        if is_remote(path):
-            entry = _gcs().info(path)
-            return FileInfo(int(entry["size"]), f"{entry.get('crc32c')}/{entry.get('generation')}")
-        status = os.stat(path)  # noqa: PTH116
-        return FileInfo(status.st_size, str(status.st_mtime_ns))
-
-
 def read_bytes(path: str) -> bytes:
     """Returns the whole content."""
     with _explained(path, "be read"):
@@ -83,8 +74,16 @@ def read_if_present(path: str) -> bytes | None:
 
 def read_all(paths: Iterable[str]) -> Iterator[bytes | None]:
     """Yields the whole content of small files in order, None for one that is not there; many requests at a time."""
-    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         yield from pool.map(read_if_present, paths)
+
+
+def receipts(folder: str, names: Iterable[str]) -> dict[str, Any]:
+    """Returns the receipts, <name>.json, that a folder has, by name; one listing, then many requests at a time."""
+    present = set(list_files(folder))
+    done = [name for name in names if f"{name}.json" in present]
+    found = zip(done, read_all(join(folder, f"{name}.json") for name in done), strict=True)
+    return {name: json.loads(content) for name, content in found if content is not None}
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
@@ -203,13 +202,29 @@ def for_pyarrow(folder: str) -> dict[str, Any]:
     return {"storage_path": folder.removeprefix(_GS), "storage_filesystem": client}
 
 
-def glob(pattern: str) -> list[str]:
-    """Returns the sorted paths of the files that match; `**` crosses folders, but no links to folders."""
+def glob(pattern: str) -> dict[str, FileInfo]:
+    """Returns the files that match, by their sorted paths; `**` crosses folders, but no links to folders.
+
+    On gs:// that is one listing, however many files there are.
+    """
     if is_remote(pattern):
-        with _explained(pattern, "be listed"):
-            return sorted(_GS + name for name, e in _gcs().glob(pattern, detail=True).items() if e["type"] == "file")
+        try:
+            with _explained(pattern, "be listed"):
+                found = {_GS + name: e for name, e in _gcs().glob(pattern, detail=True).items() if e["type"] == "file"}
+        except ValueError as error:  # of fsspec's translation of patterns
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"{pattern}: cannot be listed: {_reason(error)}") from error
+        contents = ((path, e["size"], f"{e.get('crc32c')}/{e.get('generation')}") for path, e in sorted(found.items()))
+        return {path: FileInfo(int(size), fingerprint) for path, size, fingerprint in contents}
     root = "/" if pattern.startswith("/") else ""
-    return sorted(set(_matching(root, pattern.removeprefix("/").split("/"))))
+    return {path: _local_info(path) for path in sorted(set(_matching(root, pattern.removeprefix("/").split("/"))))}
+
+
+def _local_info(path: str) -> FileInfo:
+    with _explained(path, "be looked up"):
+        status = os.stat(path)  # noqa: PTH116
+        return FileInfo(status.st_size, str(status.st_mtime_ns))
 
 
 def _matching(folder: str, parts: Sequence[str]) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Builds a run's data: what it needs to begin, then, while it trains, each stream's coming groups.
 
-A thread of the driver keeps of each stream the window of rows that is being read and the one after it ready, until the
-run's last row is covered; what the mixture comes to first is packed first. The loaders of the training workers find
-packed groups by themselves. One that has caught up packs what it needs itself.
+A thread of the driver keeps of each stream the window of rows that is being read and the one after it ready, as far as
+the run comes to them soon, until its last row is covered; what the mixture comes to first is packed first. The loaders
+of the training workers find packed groups by themselves. One that has caught up packs what it needs itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from openmoe.pipelines import build, passes
 from openmoe.pipelines.build import Report, Workplace
 from openmoe.pipelines.config import BLOCK_ROWS
 from openmoe.pipelines.manifest import Manifest
+from openmoe.pipelines.mixture import WINDOW_ROWS
 from openmoe.platform import run_length
 from openmoe.platform.spec import RunSpec
 
 POLL_S = 2.0
+# What the run comes to later than so many rows is not built yet, as of a stage that is far off.
+AHEAD_ROWS = 8 * WINDOW_ROWS
 CLOSE_S = 1.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
 
 
@@ -120,7 +123,7 @@ class BuildAhead:
         try:
             while not passes.covers(self._passes, self._last_row) and not self._stop.is_set():
                 row = self._position_steps() * self._batch_rows
-                if wanted := passes.coming(self._passes, row, self._last_row, ahead=1):
+                if wanted := passes.coming(self._passes, row, min(row + AHEAD_ROWS, self._last_row), ahead=1):
                     build.pack(self._passes, wanted, self._report, self._place)
                 elif self._stop.wait(POLL_S):
                     return

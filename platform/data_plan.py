@@ -5,7 +5,6 @@ Files are listed, receipts are read; no document is, and there is no Ray.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -107,7 +106,9 @@ def plan(spec: RunSpec, say: Callable[[str], None], report: Report = lambda *pro
     everything = [unit for source in config.sources for unit in units[source.name]]
     path = manifests.manifest_path(spec.data_dir, config, text, everything, missing)
     built = Passes(manifests.load(path)) if storage.exists(path) else None
-    receipts = _receipts(built.manifest) if built else _committed(spec, [token_cache.key(u, text) for u in everything])
+    keys = [token_cache.key(unit, text) for unit in everything]
+    folder = storage.join(spec.data_dir, "tokens")
+    receipts = _receipts(built.manifest) if built else storage.receipts(folder, keys)
     of_sources = [
         _source_plan(source, [(unit, receipts.get(token_cache.key(unit, text))) for unit in units[source.name]])
         for source in config.sources
@@ -136,15 +137,6 @@ def _check_present(spec: RunSpec) -> None:
 
 def _receipts(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {unit["key"]: unit for source in manifest.sources for unit in source.units}
-
-
-def _committed(spec: RunSpec, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Returns the receipts of the units that are tokenized, by key."""
-    folder = storage.join(spec.data_dir, "tokens")
-    present = set(storage.list_files(folder))
-    done = [storage.join(folder, f"{key}.json") for key in keys if f"{key}.json" in present]
-    receipts = [json.loads(content) for content in storage.read_all(done) if content is not None]
-    return {receipt["key"]: receipt for receipt in receipts}
 
 
 def _source_plan(source: SourceConfig, units: list[tuple[Unit, dict[str, Any] | None]]) -> SourcePlan:

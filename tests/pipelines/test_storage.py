@@ -21,15 +21,14 @@ def test_what_was_written_is_read_and_listed(folder):
     storage.write_durable(storage.join(folder, "a", "c++", "two.txt"), b"")
     assert storage.read_bytes(storage.join(folder, "a", "one.txt")) == b"2"
     assert storage.list_files(storage.join(folder, "a")) == ["one.txt"]
-    assert storage.glob(storage.join(folder, "a", "**", "*.txt")) == [
-        storage.join(folder, "a", "c++", "two.txt"),
-        storage.join(folder, "a", "one.txt"),
-    ]
+    found = [storage.join(folder, "a", "c++", "two.txt"), storage.join(folder, "a", "one.txt")]
+    listed = storage.glob(storage.join(folder, "a", "**", "*.txt"))
+    assert [(path, info.size) for path, info in listed.items()] == list(zip(found, (0, 1), strict=True))
+    assert len({info.fingerprint for info in listed.values()}) == 2
     assert storage.exists(storage.join(folder, "a"))
     assert not storage.exists(storage.join(folder, "b"))
     assert storage.list_files(storage.join(folder, "b")) == []
     assert storage.read_if_present(storage.join(folder, "b")) is None
-    assert storage.info(storage.join(folder, "a", "one.txt")).size == 1
 
 
 @pytest.mark.parametrize(
@@ -54,9 +53,16 @@ def test_local_patterns_match_as_in_a_shell(tmp_path, monkeypatch, pattern, foun
     (tmp_path / "link").symlink_to("a")
     (tmp_path / "b" / "loop").symlink_to("..")
     monkeypatch.chdir(tmp_path)
-    assert storage.glob(pattern) == found
+    assert list(storage.glob(pattern)) == found
     absolute = [f"{tmp_path}/{name}" for name in found]
-    assert storage.glob(f"{tmp_path}/{pattern}") == absolute
+    assert list(storage.glob(f"{tmp_path}/{pattern}")) == absolute
+
+
+def test_a_pattern_that_gs_does_not_know_is_one_clear_line(gcs):
+    with pytest.raises(
+        StorageError, match=r"\*\*\.txt: cannot be listed: Invalid pattern: '\*\*' can only be an entire"
+    ):
+        storage.glob(storage.join(gcs, "**.txt"))
 
 
 def test_the_second_creator_is_refused_and_changes_nothing(folder):
@@ -104,7 +110,7 @@ def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside_it(folder
 def test_temporary_files_of_a_killed_writer_are_never_listed(tmp_path):
     (tmp_path / ".receipt.json.0123.tmp").write_bytes(b"half")
     assert storage.list_files(str(tmp_path)) == []
-    assert storage.glob(str(tmp_path / "*")) == []
+    assert storage.glob(str(tmp_path / "*")) == {}
 
 
 def test_permission_denied_is_one_clear_line(tmp_path, needs):

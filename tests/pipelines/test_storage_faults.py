@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from openmoe.pipelines import local_cache, storage
+from openmoe.pipelines import local_cache, sources, storage
+from openmoe.pipelines.config import SourceConfig
 from openmoe.pipelines.storage import StorageUnavailable
 
 
@@ -114,6 +115,20 @@ def test_the_emulator_refuses_the_second_creator_in_the_way_our_code_asks(proxy,
     storage.remove_files([path])
     assert [ask_again(), ask_again()] == [200, 412]
     assert storage.read_bytes(path) == b"first"
+
+
+def test_an_inventory_of_texts_is_one_listing_with_the_sizes_that_each_file_gives_of_itself(proxy, folder):
+    paths = [storage.join(folder, name) for name in ("a/1.txt", "a/b/2.txt", "a/b/3.txt", "c/4.txt")]
+    for path in paths:
+        storage.write_durable(path, path.encode())
+    proxy.requests.clear()
+    config = SourceConfig(name="s", format="text", paths=(storage.join(folder, "**", "*.txt"),), weight=1.0)
+    [unit] = sources.inventory(config, 2**20)
+    assert [request[0] for request in proxy.requests] == ["GET"]
+    entries = [storage._gcs().info(path) for path in paths]  # as earlier builds asked for them
+    assert [*unit.files] == [
+        (p, f"{e['size']}:{e['crc32c']}/{e['generation']}") for p, e in zip(paths, entries, strict=True)
+    ]
 
 
 def test_a_file_that_may_be_replaced_is_asked_for_without_a_condition(proxy, folder):

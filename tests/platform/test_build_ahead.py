@@ -105,6 +105,21 @@ def test_the_coming_pass_is_built_while_the_run_is_in_the_one_before(first, monk
     assert Loader(manifest.path).num_rows >= 8 * resolved.train.total_steps
 
 
+def test_what_the_run_comes_to_only_later_is_not_built_yet(first, monkeypatch):
+    monkeypatch.setattr(build_ahead, "POLL_S", 0.05)
+    monkeypatch.setattr(build_ahead, "AHEAD_ROWS", 40)
+    _, manifest, resolved = first(2)
+    rows = Passes(manifest).rows(0)[0]
+    position = [(rows - 41) // 8]
+    with BuildAhead(resolved, manifest, lambda: position[0], silent, silent) as ahead:
+        time.sleep(0.5)
+        assert Passes(manifest).receipts(0)[1:] == []
+        position[0] += 1
+        wait_until(lambda: not ahead._thread.is_alive())
+        ahead.check()
+    assert len(Passes(manifest).rows(0)) == 2
+
+
 def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, monkeypatch):
     monkeypatch.setattr(build, "PROBE_S", 0.2)
     _, manifest, resolved = first(2, "cluster.cpus_per_worker=0.5")
