@@ -2,9 +2,10 @@
 
     .venv/bin/python benchmarks/data.py [--tokenizer URI] [--text-bytes N] [--repeats N] [--json FILE]
 
-One process, no Ray, nothing on gs://; the text is Python's own library, written as RedPajama and The Stack files. All
-rates are per second of CPU, of all threads, since machines have other things to do: the best of some repeats, which
-take turns, with the spread between the best and the worst. Peers that are not installed are named. Where t5 and seqio
+Nothing on gs://; the text is Python's own library, written as RedPajama and The Stack files. One process, but for whole
+builds with one and with two workers, under a Ray of their own where the package is installed. All rates are per second
+of CPU, of all threads and workers, since machines have other things to do: the best of some repeats, which take turns,
+with the spread between the best and the worst. Peers that are not installed are named. Where t5 and seqio
 are, the rows of `packing: reference` are first compared with what they make of the same masks: all must be equal.
 """
 
@@ -13,16 +14,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
 import types
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 try:
     installed = importlib.util.find_spec("openmoe.pipelines")
@@ -46,13 +50,14 @@ MIN_CPU_S = 0.3  # a work is done again until it took so long
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """What something did: units a second of CPU at best, the worst by the best, and the best by its yardstick's."""
+    """What something did: units a second of CPU, at best and in each turn; the worst by the best; a yardstick."""
 
     part: str
     name: str
     unit: str
     per_cpu_s: float
     spread: float
+    turns: tuple[float, ...]
     beside: str = ""
     ratio: float | None = None
 
@@ -85,15 +90,23 @@ def measured(part: str, unit: str, works: dict[str, Callable[[], int]], repeats:
             if turn or not repeats:  # the first turn warms up
                 rates[name].append(units / (cpu_s() - start_s))
         print(f"{part}: {turn} of {repeats}", file=sys.stderr, flush=True)
-    return [
-        Rate(part=part, name=name, unit=unit, per_cpu_s=max(found), spread=min(found) / max(found))
-        for name, found in rates.items()
-    ]
+    return [rate_of(part, name, unit, found) for name, found in rates.items()]
+
+
+def rate_of(part: str, name: str, unit: str, turns: list[float]) -> Rate:
+    spread = min(turns) / max(turns)
+    return Rate(part=part, name=name, unit=unit, per_cpu_s=max(turns), spread=spread, turns=tuple(turns))
 
 
 def beside(rates: list[Rate], yardstick: Rate, label: str) -> list[Rate]:
-    """Returns the rates with their ratio to a yardstick's."""
-    return [Rate(**asdict(r) | {"beside": label, "ratio": r.per_cpu_s / yardstick.per_cpu_s}) for r in rates]
+    """Returns the rates with their ratio to a yardstick: the median of turns where both took them, else of the best."""
+
+    def ratio(rate: Rate) -> float:
+        if rate.part != yardstick.part:
+            return rate.per_cpu_s / yardstick.per_cpu_s
+        return statistics.median(own / other for own, other in zip(rate.turns, yardstick.turns, strict=True))
+
+    return [replace(rate, beside=label, ratio=ratio(rate)) for rate in rates]
 
 
 def write_corpus(folder: str, tokenizer_uri: str, text_bytes: int) -> Corpus:
@@ -158,7 +171,7 @@ def packing(corpus: Corpus, tokenized: list[Rate], repeats: int) -> list[Rate]:
     theirs = {"t5/seqio, their functions": peers().t5_pipeline(corpus.tokens, corpus.lengths, vocabulary)}
     [of_t5] = measured("t5", "tokens", theirs, min(repeats, 2))
     times = beside(rates[:2], of_t5, "x t5/seqio")
-    return [*rates, Rate(**asdict(of_t5) | {"part": "packing"}), *times]
+    return [*rates, replace(of_t5, part="packing"), *times]
 
 
 def reading(corpus: Corpus, repeats: int) -> list[Rate]:
@@ -196,6 +209,49 @@ def reading(corpus: Corpus, repeats: int) -> list[Rate]:
     return beside(rates, rates[0], "of raw reads")
 
 
+def building(corpus: Corpus, repeats: int) -> list[Rate]:
+    """Tokens of files to shards by a build under Ray, with one worker and with two."""
+    from openmoe.clusters import local_ray
+
+    os.environ |= local_ray.environment()
+    import ray
+
+    from openmoe.pipelines import build
+
+    text_bytes = sum(len(text.encode()) for text in corpus.texts)
+    config = replace(corpus.config, unit_bytes=text_bytes // 16, group_tokens=len(corpus.tokens) // 16)
+    rates: dict[tuple[int, str], list[float]] = {}
+    ray.init(**local_ray.init_arguments(num_cpus=2, object_store_bytes=100_000_000))
+    for turn in range(repeats + 1):
+        for workers in (1, 2):
+            place = build.Workplace(num_workers=workers)
+            with tempfile.TemporaryDirectory() as folder:
+                start_s, start_cpu_s = time.monotonic(), _ray_cpu_s()
+                manifest = build.tokenize(config, folder, lambda *progress: None, place)
+                built = passes.Passes(manifest)
+                build.pack(built, built.first_passes(), lambda *progress: None, place)
+                took = {"": _ray_cpu_s() - start_cpu_s, ", by the clock": time.monotonic() - start_s}
+            for clock, seconds in took.items():
+                if turn or not repeats:  # the first turn starts the workers
+                    rates.setdefault((workers, clock), []).append(len(corpus.tokens) / seconds)
+        print(f"building: {turn} of {repeats}", file=sys.stderr, flush=True)
+    ray.shutdown()
+    found = {
+        (workers, clock): rate_of("building", f"{workers} worker{'s' * (workers > 1)}{clock}", "tokens", turns)
+        for (workers, clock), turns in rates.items()
+    }
+    pairs = [
+        beside([found[1, clock], found[2, clock]], found[1, clock], "x 1 worker") for clock in ("", ", by the clock")
+    ]
+    return [rate for pair in pairs for rate in pair]
+
+
+def _ray_cpu_s() -> float:
+    """Seconds of CPU that this process and Ray's workers, all alive, have used; none of Ray's own processes."""
+    workers = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in workers)
+
+
 def _ranges(num_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + BATCH_ROWS, num_rows)) for at in range(0, num_rows, BATCH_ROWS)]
 
@@ -229,7 +285,7 @@ def peers() -> types.ModuleType:
 def report(corpus: Corpus, rates: list[Rate]) -> None:
     tokens, documents = len(corpus.tokens), len(corpus.lengths)
     print(f"\n{documents:,} documents, {tokens:,} tokens of {corpus.config.tokenizer}; rows of 2,048")
-    print(f"{'':12} {'':36} {'a CPU-second':>20} {'worst/best':>10}")
+    print(f"{'':12} {'':36} {'a CPU-second':>20} {'worst/best':>10}")  # or one of the clock, where it says so
     for r in rates:
         line = f"{r.part:12} {r.name:36} {r.per_cpu_s:13,.0f} {r.unit:6} {r.spread:10.0%}"
         print(line if r.ratio is None else f"{line} {r.ratio:8.2f} {r.beside}")
@@ -250,6 +306,8 @@ def main() -> None:
         corpus = write_corpus(folder, chosen.tokenizer, chosen.text_bytes)
         tokenized = tokenizing(corpus, chosen.repeats)
         rates = [*tokenized, *packing(corpus, tokenized, chosen.repeats), *reading(corpus, chosen.repeats)]
+        if installed is not None:
+            rates += building(corpus, chosen.repeats)
         report(corpus, rates)
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(rate) for rate in rates], indent=2))

@@ -20,8 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from openmoe.pipelines import selection, shards, storage, token_cache
+from openmoe.pipelines import reference, selection, shards, storage, token_cache
 from openmoe.pipelines.manifest import Manifest, SourceManifest
+from openmoe.pipelines.tokenizer import Vocabulary
 
 AT_ONCE = 4  # artefacts that are read, each as a whole
 
@@ -47,6 +48,7 @@ class Artefact(NamedTuple):
     kind: Literal["tokens", "split", "rows"]
     receipt: dict[str, Any]
     tokens: Mapping[int, int] = MappingProxyType({})  # of rows: how many of each unit of the source they hold
+    lossy: bool = False  # of rows: packed as the original did, which loses tokens
 
 
 class Findings(NamedTuple):
@@ -63,6 +65,8 @@ class Findings(NamedTuple):
       orphans: artefacts without a receipt: of a build that is at work or was killed; the next one replaces them.
       bad: documents that were left out, by source and reason.
       quarantined: units that were left out, with the reason.
+      cut_off: tokens that `packing: reference` cut off its examples, as receipts say.
+      lone: tokens of text that it made no example of, since one alone is none.
     """
 
     units: int
@@ -75,6 +79,8 @@ class Findings(NamedTuple):
     orphans: list[str]
     bad: dict[str, dict[str, int]]
     quarantined: list[str]
+    cut_off: int
+    lone: int
 
 
 def audit(manifest: Manifest, *, sample: int | None = None, report: Report = lambda *progress: None) -> Findings:
@@ -111,6 +117,8 @@ def audit(manifest: Manifest, *, sample: int | None = None, report: Report = lam
         orphans=stated.orphans,
         bad={source.name: bad_of(source) for source in manifest.sources},
         quarantined=[f"{s.name}: {unit}" for s in manifest.sources for unit in quarantined_of(s)],
+        cut_off=sum(group.get("cut_off_tokens", 0) for group in groups),
+        lone=sum(group.get("lone_tokens", 0) for group in groups),
     )
 
 
@@ -160,25 +168,26 @@ class _Stated:
                 self._add_pass(stream, int(name))
             elif name == "validation":
                 tokens = {i: u["split"][name]["tokens"] for i, u in enumerate(units) if selection.count(u, name)}
-                self._add_groups(storage.join(folder, name), [{"units": list(tokens)}], [tokens])
+                self._add_groups(stream, storage.join(folder, name), [{"units": list(tokens)}], [tokens])
 
     def _add_pass(self, stream: int, number: int) -> None:
         folder, groups = self._manifest.pass_folder(stream, number), self._manifest.groups(stream, number)
         units = self._manifest.source_of(stream).units
         wanted = [{"number": number, "group": group, "units": of_group} for group, of_group in enumerate(groups)]
         tokens = [{unit: selection.trained_tokens(units[unit]) for unit in of_group} for of_group in groups]
-        receipts = self._add_groups(folder, wanted, tokens)
+        receipts = self._add_groups(stream, folder, wanted, tokens)
         if "pass.json" in self._names(folder):
             path = storage.join(folder, "pass.json")
             recorded = (_parsed(storage.read_if_present(path)) or {}).get("groups", [])
             self._add(path, unlike_a_pass(recorded, receipts, groups), [])
 
     def _add_groups(
-        self, folder: str, wanted: list[dict[str, Any]], tokens: list[dict[int, int]]
+        self, stream: int, folder: str, wanted: list[dict[str, Any]], tokens: list[dict[int, int]]
     ) -> dict[int, dict[str, Any]]:
         """Takes in the shards of a folder, and returns their receipts by group.
 
         Args:
+          stream: by its number.
           folder: of one pass.
           wanted: what the receipt of each group must say of it.
           tokens: of each unit, by group.
@@ -194,7 +203,8 @@ class _Stated:
             group = int(stem)
             receipts[group] = receipt or {}
             said = receipt and {key: receipt.get(key) for key in wanted[group]}
-            shard = Artefact(storage.join(folder, f"{stem}.array_record"), "rows", receipts[group], tokens[group])
+            shard = storage.join(folder, f"{stem}.array_record")
+            shard = Artefact(shard, "rows", receipts[group], tokens[group], self._manifest.is_reference(stream))
             self._add(path, differences(said, wanted[group]), [shard])
         self.orphans += [storage.join(folder, name) for name in orphans(self._names(folder))]
         return receipts
@@ -281,7 +291,10 @@ def _held(manifest: Manifest, artefact: Artefact) -> tuple[int, list[Contradicti
     if sha256 != wanted:
         what = f"is damaged: {len(content):,} bytes of sha256 {sha256[:16]}..., its receipt says {wanted[:16]}..."
         return len(content), [Contradiction(artefact.path, f"{what}; delete both and build again")]
-    wrong = {"tokens": _wrong_tokens, "split": _wrong_split, "rows": _wrong_rows}[artefact.kind](content, artefact)
+    if artefact.kind == "rows":
+        wrong = _wrong_rows(content, artefact, manifest.vocabulary)
+    else:
+        wrong = {"tokens": _wrong_tokens, "split": _wrong_split}[artefact.kind](content, artefact)
     return len(content), [Contradiction(artefact.path, what) for what in wrong]
 
 
@@ -297,14 +310,18 @@ def _wrong_split(content: bytes, artefact: Artefact) -> Iterator[str]:
     yield from _unlike({**held, "documents": len(content)}, artefact.receipt)
 
 
-def _wrong_rows(content: bytes, artefact: Artefact) -> Iterator[str]:
+def _wrong_rows(content: bytes, artefact: Artefact, vocabulary: Vocabulary) -> Iterator[str]:
     held, segments = shards.count(shards.records(content))
-    yield from _unlike(held, artefact.receipt)
     lengths = np.bincount(segments["unit"], weights=segments["length"]).astype(int).tolist()
     found = {unit: tokens for unit, tokens in enumerate(lengths) if tokens}
+    if artefact.lossy and "cut_off_tokens" in artefact.receipt:  # counted since it is known to be lost
+        lone = sum(artefact.tokens.values()) - sum(lengths)
+        held |= {"cut_off_tokens": reference.cut_off(segments, vocabulary), "lone_tokens": lone}
+    yield from _unlike(held, artefact.receipt)
     for unit in sorted(found.keys() | artefact.tokens.keys()):
-        if found.get(unit, 0) != artefact.tokens.get(unit, 0):
-            yield f"holds {found.get(unit, 0):,} tokens of unit {unit}, should hold {artefact.tokens.get(unit, 0):,}"
+        got, wanted = found.get(unit, 0), artefact.tokens.get(unit, 0)
+        if got > wanted or (got < wanted and not artefact.lossy):  # what is lost of all units was compared above
+            yield f"holds {got:,} tokens of unit {unit}, should hold {wanted:,}"
 
 
 def _unlike(held: dict[str, Any], receipt: dict[str, Any]) -> Iterator[str]:

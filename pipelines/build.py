@@ -8,7 +8,7 @@ that was done twice is no harm, since both times the same bytes are written.
 
 Ray would repeat for ever a task that always kills its worker. So it repeats none: what it lost is given to it again,
 the last time alone, and then given up. Losses are counted by the living driver only: whatever else dies together
-with it, no unit is blamed for that.
+with it, no unit is blamed for that. Nor is it blamed for what was lost while a node was: nodes are taken away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.passes import Group, Passes
 from openmoe.pipelines.sources import Unit
 
-Report = Callable[[str, int, int, str], None]  # stage, done, total, unit of both
+Report = Callable[..., None]  # stage, done, total, unit of both; and what is left of each source
 GiveUp = Callable[[dict[str, Any]], dict[str, Any]]
 Work = Callable[[dict[str, str]], dict[str, str]]
 
@@ -105,7 +105,10 @@ def tokenize(config: DataConfig, data_dir: str, report: Report, place: Workplace
     if storage.exists(path):
         return manifests.load(path)
     receipts = _tokenize(everything, config, storage.join(data_dir, "tokens"), report, place)
-    by_source = {name: [receipts[token_cache.key(u, text)] for u in us] for name, us in units.items()}
+    by_source = {
+        name: [part for unit in us for part in token_cache.parts(receipts[token_cache.key(unit, text)])]
+        for name, us in units.items()
+    }
     for source in config.sources:
         limits.check(source, by_source[source.name])
     by_source = _select(config, data_dir, by_source, report, place)
@@ -124,10 +127,16 @@ def _tokenize(
     receipts = storage.receipts(folder, tasks)
     missing = [task for key, task in tasks.items() if key not in receipts]
     quarantine = limits.Quarantine(config, folder, receipts.values())
+    left = collections.Counter(unit.source for key, unit in keyed.items() if key not in receipts)
     for receipt in _run(_tokenize_task, missing, TOKENIZE_STUCK_S, place, quarantine):
         receipts[receipt["key"]] = receipt
-        report("tokenize", len(receipts), len(keyed), "units")
+        left[receipt["source"]] -= 1
+        report("tokenize", len(receipts), len(keyed), "units", _told(left))
     return receipts
+
+
+def _told(left: collections.Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,} left" for name, count in left.items() if count)
 
 
 def _select(
@@ -157,9 +166,11 @@ def pack(built: Passes, wanted: list[Group], report: Report, place: Workplace) -
     manifest = built.manifest
     unpacked = passes.unpacked(manifest, wanted)
     tasks = [{"manifest": manifest.path, **group._asdict()} for group in unpacked]
-    total = len(wanted)
-    for done, _ in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
-        report("pack", done, total, "groups")
+    total, names = len(wanted), manifest.stream_names
+    left = collections.Counter(names[group.stream] for group in unpacked)
+    for done, receipt in enumerate(_run(_pack_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
+        left[names[receipt["stream"]]] -= 1
+        report("pack", done, total, "groups", _told(left))
     built.refresh()
     built.record()
 
@@ -213,18 +224,23 @@ def _run(
       tasks: its arguments.
       stuck_s: when Ray is given up.
       place: where the tasks run.
-      give_up: returns the receipt of a task whose workers all died, or raises DataError.
+      give_up: returns the receipt of a task whose workers all died alone, or raises DataError.
     """
     left = [json.dumps(task) for task in tasks]
     losses: collections.Counter[str] = collections.Counter()
+    with_nodes: collections.Counter[str] = collections.Counter()
     while left and not place.is_left():
         together = [task for task in left if losses[task] < limits.MAX_LOSSES - 1]
         for answer in _in_ray(work, together or left[:1], stuck_s, place):
             task = answer["task"]
-            losses[task] += "lost" in answer
+            nodes = answer.get("nodes", "")
+            with_nodes[task] += bool(nodes)
+            losses[task] += "lost" in answer and (not nodes or with_nodes[task] > limits.MAX_LOSSES_WITH_NODES)
             if "lost" not in answer or losses[task] == limits.MAX_LOSSES:
                 left.remove(task)
                 yield give_up(json.loads(task)) if "lost" in answer else _receipt(answer)
+            elif nodes:
+                place.say(f"lost {nodes}, and with it {_named(task)}: it is done again")
             else:
                 place.say(f"a worker died, {losses[task]} of {limits.MAX_LOSSES} times over {_named(task)}")
             if place.is_left():
@@ -267,7 +283,8 @@ def _in_ray(work: Work, tasks: list[str], stuck_s: float, place: Workplace) -> I
             for answer in _mapped(work, tasks, place.num_workers or cpus, needs, stuck_s):
                 lost.discard(answer["task"])
                 yield answer
-            yield from ({"task": task, "lost": "its worker died"} for task in tasks if task in lost)
+            gone = _gone(nodes) if lost else []
+            yield from ({"task": task, "lost": "", "nodes": ", ".join(gone)} for task in tasks if task in lost)
     except ExecutionTimeoutError:
         place.say(f"the cluster did nothing for {stuck_s:g} s: the driver does it")
     except ray.exceptions.RayError as error:
@@ -328,6 +345,25 @@ def offer(nodes: list[dict[str, Any]], place: Workplace) -> tuple[int, dict[str,
         # Without spaces: Ray 2.60 takes them for part of the names, and would then refuse no host.
         return room(without_tpu, 0), {"ray.io/accelerator-type": f"!in({','.join(tpus)})"}
     return room(nodes, place.reserved_cpus), None
+
+
+def _gone(nodes: list[dict[str, Any]]) -> list[str]:
+    """Returns the addresses of nodes that were alive and are not.
+
+    A worker's end is known at once, a node's only after some time. So each node is given a task that it alone can
+    do: where it is alive that is done, and where it is not, its end is known when Ray gives up.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    asked = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        probe = ray.remote(lambda: None).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        asked.append(probe.remote())
+    ray.wait(asked, num_returns=len(asked), timeout=PROBE_S)
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [f"node {node['NodeManagerAddress']}" for node in nodes if node["NodeID"] not in alive]
 
 
 def _gets_a_cpu(needs: dict[str, Any], is_left: Callable[[], bool]) -> bool:

@@ -116,7 +116,7 @@ class DataConfig:
       dedup: `exact` leaves out a document that was there before, byte for byte, in any source; the first stays, in
         the order of `sources`, files and lines.
       validation_share: share of the documents, chosen by their hash, that are kept apart and never trained on.
-      unit_bytes: input bytes that one work unit tokenizes; compressed files stay whole.
+      unit_bytes: input bytes that one work unit tokenizes; a compressed file is one, in parts of 64 MiB of text.
       group_tokens: tokens that are shuffled and packed together; one shard file each.
     """
 

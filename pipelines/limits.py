@@ -14,6 +14,8 @@ Receipts = dict[str, list[dict[str, Any]]]  # by source, in the order of its uni
 
 # A task whose worker died so often is given up.
 MAX_LOSSES = 3
+# What was lost while a node was is not counted, unless it goes on so: a unit may take all memory of its host.
+MAX_LOSSES_WITH_NODES = 20
 
 
 def present(config: DataConfig, say: Callable[[str], None]) -> tuple[DataConfig, list[str]]:

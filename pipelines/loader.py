@@ -1,10 +1,12 @@
 """Reads rows by number: the content of global row i is a pure function of (manifest, i).
 
-What nobody has packed yet is rendered when it is wanted (`Loader.make_ready`), to the same bytes.
+What nobody has packed yet is rendered when it is wanted (`Loader.make_ready`), to the same bytes. Who may only read
+the data directory keeps what it renders on its host.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +21,9 @@ from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import shuffle_pass
 from openmoe.pipelines.passes import Group, Passes
+from openmoe.pipelines.storage import StorageDenied
+
+log = logging.getLogger(__name__)
 
 COUNTED_ROWS = 1024  # rows whose tokens are counted at a time
 OPENED_AT_ONCE = 8  # shards that are downloaded together
@@ -54,6 +59,7 @@ class Loader:
         self._passes = Passes(self._manifest)
         self._count_rows()
         self._shards: dict[Group, shards.Shard] = {}
+        self._denied: StorageDenied | None = None  # why groups that were rendered here are not committed
 
     @property
     def data_id(self) -> str:
@@ -107,16 +113,29 @@ class Loader:
             self._count_rows()
             wanted = passes.lacking(self._passes, hi)
             for group in random.SystemRandom().sample(wanted, len(wanted)):
-                if not passes.is_packed(self._manifest, *group):
+                if not self._passes.is_own(group) and not passes.is_packed(self._manifest, *group):
                     on_render(self._words(group))
-                    passes.pack_group(self._manifest, *group)
+                    self._render(group)
                     rendered += 1
-        if rendered:
+        if rendered and self._denied is None:
             self._passes.record()
         return rendered
 
+    def _render(self, group: Group) -> None:
+        """Commits a group, or keeps it on this host where the data directory may not be written."""
+        rendered = passes.render_group(self._manifest, *group)
+        try:
+            passes.commit_group(self._manifest, group, rendered)
+        except StorageDenied as error:
+            if self._denied is None:
+                log.warning("%s; rows that nobody has packed are rendered for this process alone", error)
+            self._denied = error
+            self._passes.adopt(group, rendered.facts)
+            self._shard(group, rendered.facts["sha256"], lambda: rendered.content).close()
+
     def _words(self, group: Group) -> str:
-        return f"group {group.group} of pass {group.number} of {self._manifest.stream_names[group.stream]}"
+        words = f"group {group.group} of pass {group.number} of {self._manifest.stream_names[group.stream]}"
+        return words if self._denied is None else f"{words}, for this process alone"
 
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
@@ -215,11 +234,16 @@ class Loader:
         return opened
 
     def _open(self, key: Group) -> shards.Shard:
+        again = (lambda: passes.render_group(self._manifest, *key).content) if self._passes.is_own(key) else None
+        return self._shard(key, self._receipt(key)["sha256"], again)
+
+    def _shard(self, key: Group, sha256: str, render: Callable[[], bytes] | None) -> shards.Shard:
         return shards.Shard(
             passes.shard_path(self._manifest, *key),
-            sha256=self._receipt(key)["sha256"],
+            sha256=sha256,
             cache_dir=self._cache_dir,
             cache_bytes=self._cache_bytes,
+            render=render,
         )
 
     def _receipt(self, key: Group) -> dict[str, Any]:

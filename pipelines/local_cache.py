@@ -1,4 +1,4 @@
-"""Shards of gs:// on this host: a folder of bounded size, shared by its processes.
+"""Shards of gs://, and those that could not be stored, on this host: a folder of bounded size for all its processes.
 
 <folder>/<sha256>-<name>      a whole shard; its time of change is that of its last use
 <folder>/.lock-<digit>        held while a shard whose digest begins so is downloaded
@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,7 +28,7 @@ STALE_S = 3600.0  # a download takes less
 TRIES = 3  # a disk that damages what was just written will do it again
 
 
-def hold(path: str, folder: str, *, sha256: str, max_bytes: int) -> BinaryIO:
+def hold(path: str, folder: str, *, sha256: str, max_bytes: int, render: Callable[[], bytes] | None = None) -> BinaryIO:
     """Returns an open local file with the content of `path`, proven by its digest; it stays until it is closed.
 
     Args:
@@ -36,11 +36,12 @@ def hold(path: str, folder: str, *, sha256: str, max_bytes: int) -> BinaryIO:
       folder: local, for objects.
       sha256: digest of the content.
       max_bytes: size of `folder` above which what nobody holds is removed; a shard more while one is written.
+      render: returns the content of what is stored nowhere else; None: `path` is read.
 
     Raises:
       StorageError: the content is another, or cannot be read or written.
     """
-    if not storage.is_remote(path):
+    if render is None and not storage.is_remote(path):
         _check(path, storage.read_bytes(path), sha256)
         return Path(path).open("rb")
     local = Path(folder) / f"{sha256}-{path.rpartition('/')[2]}"
@@ -48,7 +49,7 @@ def hold(path: str, folder: str, *, sha256: str, max_bytes: int) -> BinaryIO:
     while num_damaged < TRIES:
         with _one_download(Path(folder), sha256):
             if not local.exists():
-                content = storage.read_bytes(path)
+                content = render() if render else storage.read_bytes(path)
                 _check(path, content, sha256)
                 _write(local, content)
             held = _held(local)

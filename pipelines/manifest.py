@@ -126,6 +126,10 @@ class Manifest:
         recipe = _recipe_name(self.streams[stream].objective, self.packing)
         return self.source_of(stream).name + ("" if recipe == "ul2" else f" {recipe}")
 
+    def is_reference(self, stream: int) -> bool:
+        """Returns whether a stream is packed as the original packed, which loses tokens."""
+        return _recipe_name(self.streams[stream].objective, self.packing) == "ul2 reference"
+
     def pass_folder(self, stream: int, number: int) -> str:
         """Returns the folder of a pass."""
         return storage.join(self.data_dir, self.streams[stream].passes, f"{number:04d}")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from openmoe.pipelines import mixture, objectives, selection, shards, storage, token_cache, ul2
+from openmoe.pipelines import mixture, objectives, reference, selection, shards, storage, token_cache, ul2
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.permute import Permutation
@@ -47,6 +47,7 @@ class Passes:
         self.groups: list[list[list[dict[str, Any]]]] = [[] for _ in manifest.streams]
         self.begun: list[list[dict[str, Any]]] = [[] for _ in manifest.streams]
         self._unrecorded: list[tuple[int, int]] = []
+        self._own: dict[Group, dict[str, Any]] = {}
         # Bound to this object: a manifest is not hashable, and its cut into groups takes a walk over all units.
         self._tokens_of = functools.cache(self._count_tokens)
         self.refresh()
@@ -59,13 +60,28 @@ class Passes:
                 if found := storage.read_if_present(_record_of(self.manifest, stream, number)):
                     groups = json.loads(found)["groups"]
                 else:
-                    begun += _receipts(self.manifest.pass_folder(stream, number), len(begun))
+                    self._add_receipts(begun, stream, number)
                     if len(begun) < len(self._tokens_of(stream, number)):
                         break
                     groups = begun
-                    self._unrecorded.append((stream, number))
+                    if not any(group[:2] == (stream, number) for group in self._own):
+                        self._unrecorded.append((stream, number))
                 passes.append(groups)
                 self.begun[stream] = []
+
+    def _add_receipts(self, begun: list[dict[str, Any]], stream: int, number: int) -> None:
+        folder = self.manifest.pass_folder(stream, number)
+        begun += _receipts(folder, len(begun))
+        while own := self._own.get(Group(stream, number, len(begun))):
+            begun += [own, *_receipts(folder, len(begun) + 1)]
+
+    def adopt(self, group: Group, facts: dict[str, Any]) -> None:
+        """Takes note, until this process ends, of a group that it has rendered and could not commit."""
+        self._own[group] = _receipt(self.manifest, group, facts)
+
+    def is_own(self, group: Group) -> bool:
+        """Returns whether a group was rendered here and could not be committed."""
+        return group in self._own
 
     def record(self) -> None:
         """Says of the passes of which every group is packed that they are finished: from then on one read tells it."""
@@ -243,13 +259,22 @@ def unpacked(manifest: Manifest, wanted: list[Group]) -> list[Group]:
 
 
 def pack_group(manifest: Manifest, stream: int, number: int, group: int) -> dict[str, Any]:
-    """Writes one shard, then the receipt that commits it, and returns that; see `render_group`."""
-    content, facts = render_group(manifest, stream, number, group)
-    storage.write_durable(shard_path(manifest, stream, number, group), content)
-    units = manifest.groups(stream, number)[group]
-    receipt = {"stream": stream, "number": number, "group": group, "units": units, **facts}
-    storage.create_if_absent(_receipt_of(manifest.pass_folder(stream, number), group), json.dumps(receipt).encode())
+    """Renders and commits one shard, and returns its receipt."""
+    return commit_group(manifest, Group(stream, number, group), render_group(manifest, stream, number, group))
+
+
+def commit_group(manifest: Manifest, group: Group, rendered: shards.Rendered) -> dict[str, Any]:
+    """Writes one shard, then the receipt that commits it, and returns that."""
+    storage.write_durable(shard_path(manifest, *group), rendered.content)
+    receipt = _receipt(manifest, group, rendered.facts)
+    path = _receipt_of(manifest.pass_folder(group.stream, group.number), group.group)
+    storage.create_if_absent(path, json.dumps(receipt).encode())
     return receipt
+
+
+def _receipt(manifest: Manifest, group: Group, facts: dict[str, Any]) -> dict[str, Any]:
+    units = manifest.groups(group.stream, group.number)[group.group]
+    return {**group._asdict(), "units": units, **facts}
 
 
 def render_group(manifest: Manifest, stream: int, number: int, group: int) -> shards.Rendered:
@@ -275,7 +300,7 @@ def pack_validation(manifest: Manifest, stream: int) -> dict[str, Any]:
     if not units:
         raise DataError(f"sources.{source.name}: no document is for validation; raise validation_share")
     key = (manifest.seed, manifest.stream_key(stream), "validation")
-    content, facts = _render(manifest, stream, units, *key, part=selection.VALIDATION)
+    content, facts, _ = _render(manifest, stream, units, *key, part=selection.VALIDATION)
     name = storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation", "00000")
     storage.write_durable(f"{name}.array_record", content)
     receipt = {"stream": stream, "units": units, **facts}
@@ -288,7 +313,14 @@ def _render(
 ) -> shards.Rendered:
     tokens, lengths, origin = _shuffled(manifest, stream, units, *key, part=part)
     pack = objectives.packer(manifest.streams[stream].objective, manifest.packing)
-    return shards.render(pack(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key), origin)
+    rendered = shards.render(pack(tokens, lengths, manifest.seq_len, manifest.vocabulary, *key), origin)
+    if manifest.is_reference(stream):  # the one packing that loses something
+        lost = {
+            "cut_off_tokens": reference.cut_off(rendered.segments, manifest.vocabulary),
+            "lone_tokens": int(lengths.sum()) - rendered.facts["raw_tokens"],
+        }
+        rendered = rendered._replace(facts=rendered.facts | lost)
+    return rendered
 
 
 def _shuffled(

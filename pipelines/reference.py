@@ -104,6 +104,21 @@ def rows(
     yield from packing.split(pieces, Segments(segments.tokens, *counts), bounds)
 
 
+def cut_off(segments: np.ndarray, vocabulary: Vocabulary) -> int:
+    """Returns how many tokens of inputs and targets, text and sentinels, were cut off the examples of a shard.
+
+    Args:
+      segments: SEGMENT[n] of its rows, one after the other.
+      vocabulary: the ids of prompts and sentinels.
+    """
+    slots = segments["inputs"].astype(np.int64) + segments["targets"]
+    is_first = slots > 0
+    lengths = np.bincount(np.cumsum(is_first) - 1, weights=segments["length"]).astype(np.int64)
+    kinds = segments["denoiser"][is_first]
+    wholes = (ul2.segment_lengths(d, vocabulary, lengths[kinds == k]) for k, d in enumerate(ul2.DENOISERS))
+    return int(sum(whole.sum() for whole in wholes) - slots.sum())
+
+
 def trim(segments: Segments, max_tokens: int, eos_id: int) -> Segments:
     """Cuts inputs and targets to `max_tokens`, their EOS included."""
     sizes = np.stack([segments.num_inputs, segments.num_targets], axis=1).reshape(-1)

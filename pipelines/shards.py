@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +46,11 @@ def decode(record: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Rendered(NamedTuple):
-    """A shard as bytes, and what its receipt says of it."""
+    """A shard as bytes, what its receipt says of it, and what its rows are made of."""
 
     content: bytes
     facts: dict[str, Any]  # digest and statistics
+    segments: np.ndarray  # SEGMENT[segments of all rows]
 
 
 def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
@@ -59,19 +60,21 @@ def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
       rows: in the order of the records.
       origin: int64[documents, 2], unit and document in the unit of each document that rows refer to.
     """
-    statistics = _Statistics()
+    statistics, tables = _Statistics(), [np.empty(0, SEGMENT)]
     with tempfile.TemporaryDirectory() as folder:
         local = str(Path(folder) / "shard")
         try:
             writer = array_record_module.ArrayRecordWriter(local, WRITER_OPTIONS)
             for row in rows:
-                writer.write(encode(row.tokens, statistics.add(row, origin)))
+                tables.append(statistics.add(row, origin))
+                writer.write(encode(row.tokens, tables[-1]))
             writer.close()
         except RuntimeError as error:
             raise DataError(f"{folder}: a shard cannot be prepared: {' '.join(str(error).split())}") from error
         content = storage.read_bytes(local)
     digest = hashlib.sha256(content).hexdigest()
-    return Rendered(content, {"sha256": digest, "bytes": len(content), **statistics.counts()})
+    facts = {"sha256": digest, "bytes": len(content), **statistics.counts()}
+    return Rendered(content, facts, np.concatenate(tables))
 
 
 class _Statistics:
@@ -135,9 +138,17 @@ def count(records: list[bytes]) -> tuple[dict[str, Any], np.ndarray]:
 class Shard:
     """An open shard whose content was checked against its receipt."""
 
-    def __init__(self, path: str, *, sha256: str, cache_dir: str, cache_bytes: int = local_cache.DEFAULT_BYTES) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        sha256: str,
+        cache_dir: str,
+        cache_bytes: int = local_cache.DEFAULT_BYTES,
+        render: Callable[[], bytes] | None = None,
+    ) -> None:
         # ArrayRecord accepts a gs:// name and then waits for ever, so it only ever sees a local file.
-        self._held = local_cache.hold(path, cache_dir, sha256=sha256, max_bytes=cache_bytes)
+        self._held = local_cache.hold(path, cache_dir, sha256=sha256, max_bytes=cache_bytes, render=render)
         self.num_bytes = os.fstat(self._held.fileno()).st_size
         self._reader = array_record_module.ArrayRecordReader(self._held.name, "readahead_buffer_size:0")
 
@@ -156,22 +167,28 @@ def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:
 
     Within a segment the input ids are its inputs and targets shifted by one, with 0 at its start. Loss is on targets.
     """
-    keys = ("input_ids", "target_ids", "segment_ids", "positions")
-    arrays = {key: np.zeros((len(records), seq_len), np.int32) for key in keys}
-    weights = np.zeros((len(records), seq_len), np.float32)
-    for row, record in enumerate(records):
-        tokens, segments = decode(record)
-        segments = segments[segments["inputs"] + segments["targets"] > 0]
-        used = len(tokens)
-        inputs, targets = segments["inputs"].astype(np.int64), segments["targets"].astype(np.int64)
-        ends = np.cumsum(inputs + targets)
-        starts = ends - inputs - targets
-        owner = np.repeat(np.arange(len(segments)), inputs + targets)
-        position = np.arange(used) - starts[owner]
-        arrays["target_ids"][row, :used] = tokens
-        arrays["input_ids"][row, 1:used] = tokens[:-1]
-        arrays["input_ids"][row, starts] = 0
-        arrays["segment_ids"][row, :used] = owner + 1
-        arrays["positions"][row, :used] = position
-        weights[row, :used] = position >= inputs[owner]
-    return {**arrays, "loss_weights": weights}
+    tables = [decode(record) for record in records]
+    tokens, segments = (np.concatenate(parts) for parts in zip(*tables, strict=True))
+    has_slots = segments["inputs"] + segments["targets"] > 0
+    row = np.repeat(np.arange(len(records)), [len(table) for _, table in tables])[has_slots]
+    inputs, targets = (segments[key][has_slots].astype(np.int32) for key in ("inputs", "targets"))
+    starts = np.cumsum(inputs + targets, dtype=np.int32) - inputs - targets
+    number = np.arange(1, len(row) + 1, dtype=np.int32) - np.searchsorted(row, row).astype(np.int32)  # in its row
+    sizes = inputs + targets
+    positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(starts, sizes)
+    shifted = np.concatenate([[0], tokens[:-1]], dtype=np.int32)
+    shifted[starts] = 0
+    is_used = np.arange(seq_len) < np.asarray([len(own) for own, _ in tables])[:, None]
+
+    def padded(values: np.ndarray, kind: type = np.int32) -> np.ndarray:
+        array = np.zeros((len(records), seq_len), kind)
+        array[is_used] = values
+        return array
+
+    return {
+        "input_ids": padded(shifted),
+        "target_ids": padded(tokens),
+        "segment_ids": padded(np.repeat(number, sizes)),
+        "positions": padded(positions),
+        "loss_weights": padded(positions >= np.repeat(inputs, sizes), np.float32),
+    }

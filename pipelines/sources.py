@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ _COLUMN = "content"
 # What pyarrow raises over a damaged file, found by trying: not only its own errors.
 _DAMAGE = (OSError, ValueError, LookupError, pa.ArrowException)
 _SKIPPED_AT_ONCE = 2**20
+# Text of a compressed file that is held, and becomes a part of the token cache of its own.
+WINDOW_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Unit:
     stop: int
     max_document_bytes: int = MAX_DOCUMENT_BYTES
     files: Sequence[Sequence[str]] = ()  # of format text: path and fingerprint of each
+    window_bytes: int = WINDOW_BYTES  # of compressed lines
 
     def identity(self) -> dict[str, Any]:
         """Returns what tells this unit from others; without what is as it was when there was no choice."""
@@ -54,6 +58,8 @@ class Unit:
             del fields["max_document_bytes"]
         if not self.files:
             del fields["files"]
+        if self.window_bytes == WINDOW_BYTES:
+            del fields["window_bytes"]
         return fields
 
     def key(self, *parts: str) -> str:
@@ -132,6 +138,22 @@ def read(unit: Unit) -> Iterator[Document | BadLine]:
             yield _parse_line(path, offset, raw)
         else:
             yield _parse_text(path, offset, raw)
+
+
+def is_compressed(unit: Unit) -> bool:
+    """Returns whether a unit is a whole compressed file of lines, of unknown length."""
+    return unit.format == "redpajama" and _codec(unit.format, unit.path) is not None
+
+
+def windows(unit: Unit) -> Iterator[Iterator[Document | BadLine]]:
+    """Yields what `read` does in parts that can be held: of a compressed file the lines that begin in each window.
+
+    Each part must be read up before the next one is asked for.
+    """
+    if is_compressed(unit):
+        yield from (records for _, records in itertools.groupby(read(unit), lambda r: r.offset // unit.window_bytes))
+    else:
+        yield read(unit)
 
 
 def _unit(source: SourceConfig, path: str, info: FileInfo, start: int, stop: int, **files: Any) -> Unit:

@@ -34,6 +34,10 @@ class StorageUnavailable(StorageError):
     """The storage did not answer, or not in time; trying again may help."""
 
 
+class StorageDenied(StorageError):
+    """The storage may not be used so, as by somebody who may only read."""
+
+
 class FileInfo(NamedTuple):
     """What an inventory needs to know of a file without reading it."""
 
@@ -295,7 +299,11 @@ def _explained(path: str, verb: str) -> Generator[None]:
     try:
         yield
     except (OSError, *_remote_failures(path)) as error:
-        kind = StorageUnavailable if isinstance(error, _remote_failures(path)) and _may_pass(error) else StorageError
+        if _is_denial(error):
+            kind: type[StorageError] = StorageDenied
+        else:
+            may_pass = isinstance(error, _remote_failures(path)) and _may_pass(error)
+            kind = StorageUnavailable if may_pass else StorageError
         raise kind(f"{path}: cannot {verb}: {_reason(error)}") from error
 
 
@@ -307,6 +315,12 @@ def _remote_failures(path: str) -> tuple[type[Exception], ...]:
     import google.auth.exceptions
 
     return gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
+
+
+def _is_denial(error: Exception) -> bool:
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return True
+    return type(error) is OSError and str(error).startswith("Forbidden: ")  # how gcsfs says status 403
 
 
 def _may_pass(error: Exception) -> bool:

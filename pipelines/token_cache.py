@@ -3,6 +3,9 @@
 <folder>/<unit key>.parquet     source, file, offset, hash, tokens
 <folder>/<unit key>.bad.jsonl   lines that were left out, with file, offset and reason (only when there are any)
 <folder>/<unit key>.json        receipt, created if absent and last: it is the commit
+
+A compressed file with more text than a window has these of each window, <unit key>-00000 and so on, and at last a
+receipt of the unit that holds those of its parts. Builds know parts alone.
 """
 
 from __future__ import annotations
@@ -55,19 +58,50 @@ def key(unit: Unit, tokenizer: Tokenizer) -> str:
 
 
 def tokenize(unit: Unit, tokenizer: Tokenizer, folder: str) -> dict[str, Any]:
-    """Tokenizes a unit into `folder` and returns its receipt."""
-    name = key(unit, tokenizer)
-    table = _Table(unit, tokenizer)
-    for record in sources.read(unit):
-        table.add(record)
+    """Tokenizes a unit into `folder` and returns its receipt; parts that have one are not done again."""
+    name, windows = key(unit, tokenizer), sources.windows(unit)
+    done: list[dict[str, Any]] = []
+    records = next(windows, iter(()))
+    while records is not None:
+        part = f"{name}-{len(done):05d}"
+        found = storage.read_if_present(_receipt_of(folder, part)) if sources.is_compressed(unit) else None
+        table = _Table(unit, tokenizer)
+        for record in records:
+            if found is None:
+                table.add(record)
+        records = next(windows, None)
+        if not done and records is None:
+            return _commit(folder, name, table)
+        done.append(json.loads(found) if found else _commit(folder, part, table))
+    return _create(folder, {"key": name, "source": unit.source, "path": unit.path, "parts": done})
+
+
+def parts(receipt: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the receipts of a unit's parts; most units are one."""
+    return receipt.get("parts", [receipt])
+
+
+def unit_key(receipt: dict[str, Any]) -> str:
+    """Returns the key of the unit that a receipt is of, or a part of."""
+    return receipt["key"].partition("-")[0]
+
+
+def _commit(folder: str, name: str, table: _Table) -> dict[str, Any]:
     content, receipt = table.finish()
     storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
     if table.kept_aside:
         lines = "".join(json.dumps(line) + "\n" for line in table.kept_aside)
         storage.write_durable(storage.join(folder, f"{name}.bad.jsonl"), lines.encode())
-    receipt = {"key": name, **receipt}
-    storage.create_if_absent(storage.join(folder, f"{name}.json"), json.dumps(receipt).encode())
+    return _create(folder, {"key": name, **receipt})
+
+
+def _create(folder: str, receipt: dict[str, Any]) -> dict[str, Any]:
+    storage.create_if_absent(_receipt_of(folder, receipt["key"]), json.dumps(receipt).encode())
     return receipt
+
+
+def _receipt_of(folder: str, name: str) -> str:
+    return storage.join(folder, f"{name}.json")
 
 
 def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) -> dict[str, Any]:
@@ -75,9 +109,7 @@ def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) ->
     name = key(unit, tokenizer)
     content, receipt = _Table(unit, tokenizer).finish()
     storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
-    receipt = {"key": name, **receipt, "quarantined": reason}
-    storage.create_if_absent(storage.join(folder, f"{name}.json"), json.dumps(receipt).encode())
-    return receipt
+    return _create(folder, {"key": name, **receipt, "quarantined": reason})
 
 
 def read(folder: str, name: str, *, sha256: str) -> Tokens:
@@ -158,9 +190,8 @@ class _Table:
             self._encode()
 
     def _encode(self) -> None:
-        encoded = self._tokenizer.encode([document.text for document in self._documents])
-        for document, tokens in zip(self._documents, encoded, strict=True):
-            utf8 = document.text.encode()
+        texts = [document.text.encode() for document in self._documents]
+        for document, utf8, tokens in zip(self._documents, texts, self._tokenizer.encode(texts), strict=True):
             if len(tokens) < 2:  # nothing is left to predict of a single token
                 self._reject(BadLine(document.path, document.offset, "one_token", utf8))
                 continue

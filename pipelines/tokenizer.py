@@ -54,8 +54,8 @@ class Tokenizer:
         version = sentencepiece.__version__.encode()
         self.fingerprint: str = hashlib.sha256(hashlib.sha256(proto).digest() + version).hexdigest()
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns the ids of each text, uint32[tokens], with nothing added."""
+    def encode(self, texts: list[str] | list[bytes]) -> list[np.ndarray]:
+        """Returns the ids of each text, uint32[tokens], with nothing added; bytes are UTF-8."""
         return [ids.view(np.uint32) for ids in self._processor.encode(texts, out_type="numpy")]
 
     def decode(self, ids: np.ndarray | list[int], num_sentinels: int = 0) -> str:

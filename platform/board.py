@@ -24,6 +24,7 @@ class Board:
         self._newest: dict[str, Any] | None = None
         self._nodes: dict[int, str] = {}
         self._failures: dict[int, Failure] = {}
+        self._rendered_groups = 0
 
     def place(self, rank: int, node_id: str) -> None:
         """Keeps the Ray node on which a worker runs."""
@@ -38,9 +39,13 @@ class Board:
         self._newest = record
 
     def take(self) -> dict[str, Any] | None:
-        """Returns the newest record since the last call, if any."""
+        """Returns the newest record since the last call, if any, with the groups that all workers have rendered."""
         newest, self._newest = self._newest, None
-        return newest
+        return newest and {**newest, "rendered_groups": self._rendered_groups}
+
+    def rendered(self) -> None:
+        """Counts a group of rows that a worker begins to render, since nobody has packed it."""
+        self._rendered_groups += 1
 
     def fail(self, failure: Failure) -> None:
         """Keeps what a worker says of its own end; the first word of a rank counts."""

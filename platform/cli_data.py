@@ -68,7 +68,7 @@ def plan(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def tokenize(run: Run, overrides: Overrides = None) -> None:
+def tokenize(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
     """Tokenize what a run reads, and pack nothing yet."""
     with _working(run, overrides) as (loaded, show):
         from openmoe.platform import build_ahead
@@ -76,16 +76,26 @@ def tokenize(run: Run, overrides: Overrides = None) -> None:
         manifest = build_ahead.tokenize(loaded, show, show.say)
     units = [unit for source in manifest.sources for unit in source.units]
     documents, tokens = (sum(unit[key] for unit in units) for key in ("documents", "tokens"))
+    if as_json:
+        facts = {"manifest": manifest.path, "units": len(units), "documents": documents, "tokens": tokens}
+        print(json.dumps(facts, indent=2))
+        return
     print(f"{manifest.path}: {tokens:,} tokens of {documents:,} documents in {len(units):,} units")
 
 
 @app.command()
-def build(run: Run, overrides: Overrides = None) -> None:
+def build(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
     """Build the shards that a run reads, and stop there."""
     with _working(run, overrides) as (loaded, show):
+        from openmoe.pipelines.passes import Passes
         from openmoe.platform import build_ahead
 
-        build_ahead.build_all(loaded, show, show.say)
+        manifest = build_ahead.build_all(loaded, show, show.say)
+        rows = manifest.mixture.rows_available(Passes(manifest).total_rows())
+    if as_json:
+        print(json.dumps({"manifest": manifest.path, "data_id": manifest.data_id, "rows": rows}, indent=2))
+        return
+    print(f"{manifest.path}: {rows:,} rows can be read")
 
 
 @contextlib.contextmanager
@@ -118,6 +128,8 @@ def inspect(run: Built, overrides: Overrides = None, as_json: Json = False) -> N
     for manifest, streams in zip(found, summaries.values(), strict=True):
         without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
         tables.show(f"data {manifest.data_id}{without}", columns, [_stream_row(stream) for stream in streams])
+        for name, cut_off, lone in ((s.name, s.cut_off, s.lone) for s in streams if s.cut_off or s.lone):
+            print(f"{name}: packing reference cut off {cut_off:,} tokens, and made no example of {lone:,} of text")
 
 
 @app.command()
@@ -156,6 +168,9 @@ def report(
     out: Annotated[
         str, typer.Option("--out", "-o", metavar="FILE", help="Where to write it, local or gs://.")
     ] = "report.html",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the page's figures as JSON, and write no page.")
+    ] = False,
 ) -> None:
     """Write a page about built data: mixture, fill, noise, document lengths, what was left out.
 
@@ -167,6 +182,9 @@ def report(
     manifest = data_summary.build_of(run, overrides or ())
     with progress.ProgressReport() as show:
         figures = data_figures.collect(manifest, show)
+    if as_json:
+        print(json.dumps(data_figures.to_json(figures), indent=2))
+        return
     storage.write_durable(out, data_report.page(figures).encode())
     print(out)
 
@@ -211,6 +229,8 @@ def _show_audit(manifest: "Manifest", findings: "Findings") -> None:
         ("groups", f"{findings.groups:,}", f"with {findings.rows:,} rows"),
         ("artefacts", f"{findings.artefacts:,}", "that are there and have a receipt that the manifest wants"),
         ("read", f"{findings.read:,}", f"{findings.read_bytes:,} bytes; digests and counts compared"),
+        ("cut off", f"{findings.cut_off:,}", "tokens, as the original does" * bool(findings.cut_off)),
+        ("lone", f"{findings.lone:,}", "tokens of which no example was made" * bool(findings.lone)),
         ("bad", f"{sum(sum(counts.values()) for counts in findings.bad.values()):,}", ", ".join(bad)),
         ("quarantined", f"{len(findings.quarantined):,}", "; ".join(findings.quarantined[:LISTED])),
         (

@@ -1,5 +1,6 @@
 """`openmoe data export`: a run's rows for other trainers."""
 
+import json
 import re
 from enum import StrEnum
 from typing import Annotated
@@ -26,6 +27,7 @@ def export(
     rows: Annotated[
         str | None, typer.Option(metavar="LO:HI", help="Global rows; all that are built when not given.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the export's receipt only.")] = False,
 ) -> None:
     """Write a run's rows as Parquet or tf.Example ArrayRecord."""
     from openmoe.pipelines import export as exports
@@ -36,6 +38,9 @@ def export(
     plan = exports.Plan(data_id=loader.data_id, format=form.value, rows=_rows(rows, loader.num_rows))
     with progress.ProgressReport() as show:
         receipt = exports.export(loader, directory.rstrip("/"), plan, show)
+    if as_json:
+        print(json.dumps(receipt, indent=2))
+        return
     lo, hi = receipt["rows"]
     print(f"{directory}: rows {lo} to {hi - 1} in {len(receipt['files'])} file(s), data {loader.data_id}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -114,6 +114,21 @@ def collect(manifest: Manifest, report: Report = lambda *progress: None) -> Figu
         stages=_stages(manifest, rows),
         sources=sources,
     )
+
+
+def to_json(figures: Figures) -> dict[str, Any]:
+    """Returns the figures as JSON has them, with the path of the manifest for itself."""
+    return {
+        "manifest": figures.manifest.path,
+        "data_id": figures.manifest.data_id,
+        "rows": figures.rows,
+        "streams": [
+            {**stream._asdict(), "wanted_denoisers": wanted}
+            for stream, wanted in zip(figures.streams, figures.denoisers, strict=True)
+        ],
+        "stages": [{**s._asdict(), "shares": [share._asdict() for share in s.shares]} for s in figures.stages],
+        "sources": [{**source._asdict(), "lengths": source.lengths._asdict()} for source in figures.sources],
+    }
 
 
 def wanted_denoisers(objective: str) -> dict[str, float]:

@@ -108,7 +108,10 @@ def plan(spec: RunSpec, say: Callable[[str], None], report: Report = lambda *pro
     built = Passes(manifests.load(path)) if storage.exists(path) else None
     keys = [token_cache.key(unit, text) for unit in everything]
     folder = storage.join(spec.data_dir, "tokens")
-    receipts = _receipts(built.manifest) if built else storage.receipts(folder, keys)
+    found = _units_of(built.manifest) if built else storage.receipts(folder, keys).values()
+    receipts: dict[str, list[dict[str, Any]]] = {}
+    for part in (part for receipt in found for part in token_cache.parts(receipt)):
+        receipts.setdefault(token_cache.unit_key(part), []).append(part)
     of_sources = [
         _source_plan(source, [(unit, receipts.get(token_cache.key(unit, text))) for unit in units[source.name]])
         for source in config.sources
@@ -135,17 +138,18 @@ def _check_present(spec: RunSpec) -> None:
         raise DataError("\n".join(problems))
 
 
-def _receipts(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    return {unit["key"]: unit for source in manifest.sources for unit in source.units}
+def _units_of(manifest: Manifest) -> list[dict[str, Any]]:
+    return [unit for source in manifest.sources for unit in source.units]
 
 
-def _source_plan(source: SourceConfig, units: list[tuple[Unit, dict[str, Any] | None]]) -> SourcePlan:
-    """Returns the plan of a source, given its units with their receipts."""
+def _source_plan(source: SourceConfig, units: list[tuple[Unit, list[dict[str, Any]] | None]]) -> SourcePlan:
+    """Returns the plan of a source, given its units with the receipts of their parts; None where there is none."""
     sizes = {path: size for unit, _ in units for path, size in _files(unit)}
     ends = {unit.path: unit.stop for unit, _ in units}  # of a file of row groups, how many it has
     weights = [_unit_bytes(unit, sizes, ends) for unit, _ in units]
-    done = [(receipt, size) for (_, receipt), size in zip(units, weights, strict=True) if receipt is not None]
-    tokens, done_bytes = sum(selection.trained_tokens(receipt) for receipt, _ in done), sum(size for _, size in done)
+    tokenized = [(parts, size) for (_, parts), size in zip(units, weights, strict=True) if parts is not None]
+    done = [part for parts, _ in tokenized for part in parts]
+    tokens, done_bytes = sum(map(selection.trained_tokens, done)), sum(size for _, size in tokenized)
     left = sum(weights) - done_bytes
     if done_bytes:
         estimated = tokens + left * tokens / done_bytes
@@ -159,8 +163,8 @@ def _source_plan(source: SourceConfig, units: list[tuple[Unit, dict[str, Any] | 
         compressed=sum(path.endswith(_COMPRESSED) for path in sizes),
         bytes=sum(sizes.values()),
         units=len(units),
-        tokenized=len(done),
-        documents=sum(receipt["documents"] for receipt, _ in done),
+        tokenized=len(tokenized),
+        documents=sum(part["documents"] for part in done),
         tokens=tokens,
         estimated_tokens=round(estimated),
         measured=bool(done_bytes),

@@ -14,7 +14,8 @@ from openmoe.platform.data_summary import StreamSummary
 STYLE = Path(__file__).parent / "dashboard" / "static" / "dashboard.css"
 # What the dashboard has no names for; everything else is its own.
 _OWN_STYLE = """
-svg { display: block; width: 100%; max-width: 46rem; height: auto; font: 13px system-ui, -apple-system, sans-serif; }
+svg { display: block; width: 100%; min-width: 34rem; max-width: 46rem; height: auto; }
+svg { font: 13px system-ui, -apple-system, sans-serif; }
 svg text { fill: var(--ink); } svg .soft { fill: var(--soft); } svg .end { text-anchor: end; }
 svg .mid { text-anchor: middle; } svg .ground { fill: var(--grid); } svg .bar { fill: var(--accent); }
 svg .second { fill: var(--accent-soft); } svg .none { fill: var(--bad); } svg .wanted { fill: var(--warn); }
@@ -266,7 +267,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[int | str]]) -> str:
 
 def _svg(height: int, label: str, lines: Sequence[str]) -> str:
     drawn = "\n".join(lines)
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">\n{drawn}\n</svg>'
+    opened = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">'
+    return f'<div class="scroll">{opened}\n{drawn}\n</svg></div>'
 
 
 def _rect(kind: str, x: float, y: float, width: float, height: float) -> str:

@@ -29,6 +29,8 @@ class StreamSummary(NamedTuple):
       fill: share of the rows' tokens that are not padding.
       loss: share of the rows' tokens that carry loss.
       denoisers: share of the pieces, by UL2's denoisers; those that no piece has are left out.
+      cut_off: tokens that packing `reference` cut off its examples; of rows from before it was counted none.
+      lone: tokens of text that it made no example of.
     """
 
     name: str
@@ -43,6 +45,8 @@ class StreamSummary(NamedTuple):
     fill: float
     loss: float
     denoisers: dict[str, float]
+    cut_off: int
+    lone: int
 
 
 def builds_of(place: str, overrides: Sequence[str] = ()) -> list[Manifest]:
@@ -139,4 +143,6 @@ def _stream(name: str, source: SourceManifest, passes: Passes, index: int, *, sh
         fill=sum(group["slots_used"] for group in groups) / slots,
         loss=sum(group["loss_slots"] for group in groups) / slots,
         denoisers={kind: count / num_pieces for kind, count in pieces.items() if count},
+        cut_off=sum(group.get("cut_off_tokens", 0) for group in groups),
+        lone=sum(group.get("lone_tokens", 0) for group in groups),
     )

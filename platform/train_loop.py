@@ -44,6 +44,7 @@ def train(
     manifest_path: str,
     report: Callable[[dict[str, Any]], None],
     beat: Callable[[], None] = lambda: None,
+    on_render: Callable[[], object] = lambda: None,
 ) -> step.TrainState:
     """Trains one incarnation, from the acceptance that its claim names to the last step.
 
@@ -54,6 +55,7 @@ def train(
       manifest_path: of the data build whose rows are trained on.
       report: called by process 0 with the record of each step, for those who watch.
       beat: called by every process at each step, and for each group of rows it has to render: it is not stuck.
+      on_render: called by every process for each of these groups.
 
     Returns:
       The final train state in its plain form, sharded over the mesh.
@@ -73,7 +75,7 @@ def train(
         state, position = saver.restore(mesh)
         state, train_step = step.arranged(*plan, state), step.make_train_step(*plan)
 
-        with Batches(spec, mesh, loader, position) as coming:
+        with Batches(spec, mesh, loader, position, on_render) as coming:
             while position.step < spec.train.total_steps:
                 beat()
                 batch, data_metrics = coming.take(recorder, beat)
@@ -115,8 +117,15 @@ def check_process_group(spec: RunSpec) -> None:
 class Batches:
     """The batches of the coming steps, read ahead of them; groups that nobody has packed yet are rendered for it."""
 
-    def __init__(self, spec: RunSpec, mesh: Mesh, loader: Loader, position: Position) -> None:
-        self._spec, self._mesh, self._loader = spec, mesh, loader
+    def __init__(
+        self,
+        spec: RunSpec,
+        mesh: Mesh,
+        loader: Loader,
+        position: Position,
+        on_render: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._spec, self._mesh, self._loader, self._on_render = spec, mesh, loader, on_render
         self._rendering: deque[str] = deque()  # groups, in words; from the thread that reads to the one that records
         rows = spec.train.batch_rows
         left = (spec.train.total_steps - position.step) * rows
@@ -136,6 +145,7 @@ class Batches:
         def tell() -> None:
             while self._rendering:
                 beat()  # once a group: a read that hangs is found out
+                self._on_render()
                 recorder.event("renders_data", missing=self._rendering.popleft())
                 recorder.flush()
 

@@ -35,18 +35,14 @@ def work(config: dict[str, Any]) -> None:
     board.place.remote(rank, ray.get_runtime_context().get_node_id())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
-    gauges, rendered_groups = StepGauges(spec, claim), 0
+    gauges = StepGauges(spec, claim)
 
     def report(record: dict[str, Any]) -> None:
-        nonlocal rendered_groups
-        rendered_groups += record["rendered_groups"]  # the driver sees the newest record, not every one
-        board.put.remote(
-            {**{key: record[key] for key in ("step", "loss", "step_s")}, "rendered_groups": rendered_groups}
-        )
+        board.put.remote({key: record[key] for key in ("step", "loss", "step_s")})
         gauges.set(record)
 
     with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
-        train_loop.train(spec, run, claim, config["manifest"], report, watchdog.beat)
+        train_loop.train(spec, run, claim, config["manifest"], report, watchdog.beat, board.rendered.remote)
 
 
 def watched(board: Any, rank: int, timeout_s: float) -> Watchdog:

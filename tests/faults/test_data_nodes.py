@@ -48,3 +48,48 @@ def test_data_tasks_leave_tpu_hosts_alone_even_where_those_are_idle_and_the_head
     assert not set(seen["used"]) & set(seen["tpus"])
     assert seen["beside"] == ["driver"]
     assert seen["said"] == ["no CPU of the cluster was free for data within 1 s: the driver does it"] * 2
+
+
+LOSING = """
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+from openmoe.pipelines import build, limits
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+for _ in range(2):
+    cluster.add_node(num_cpus=1, labels=dict([build.DATA_LABEL]))
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+begun = Path(sys.argv[1])
+
+def work(row):
+    task = json.loads(row["task"])
+    if task["dies"] != "never" and not (begun / task["dies"]).exists():
+        (begun / task["dies"]).touch()
+        os.kill(os.getppid() if task["dies"] == "with its node" else os.getpid(), signal.SIGKILL)
+    return {**row, "receipt": json.dumps("done, " + task["dies"]), "error": "", "fault": ""}
+
+said, limits.MAX_LOSSES = [], 1
+place = build.Workplace(say=said.append)
+tasks = [{"dies": how} for how in ("with its node", "alone", "never")]
+receipts = list(build._run(work, tasks, 60.0, place, lambda task: "given up, " + task["dies"]))
+print(json.dumps({"receipts": sorted(receipts), "said": said}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_what_is_lost_with_its_node_is_done_again_and_not_blamed_as_what_kills_its_worker_alone(tmp_path):
+    command = [sys.executable, "-c", LOSING, str(tmp_path)]
+    driver = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert driver.returncode == 0, driver.stderr
+    seen = json.loads(driver.stdout.splitlines()[-1])
+    assert seen["receipts"] == ["done, never", "done, with its node", "given up, alone"]
+    [line] = seen["said"]
+    assert line.startswith("lost node ")

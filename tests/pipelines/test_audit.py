@@ -57,6 +57,37 @@ def test_a_build_that_was_left_alone_is_sound_and_is_read_whole(copy):
     assert told[2:4] == [("receipts", 3, 3, "parts"), ("audit", 1, 11, "files")]
 
 
+def test_what_packing_reference_loses_is_in_its_receipts_and_compared(small_data, tmp_path):
+    corpus = Path(small_data.data_dir).parent
+    source = SourceConfig(name="wiki", format="redpajama", paths=(f"{corpus}/wiki.jsonl",), weight=1)
+    of_all = {"tokenizer": "builtin:small_8192", "seq_len": 128, "unit_bytes": 8_000, "group_tokens": 4_000}
+    config = DataConfig(**of_all, seed=7, sources=(source,), packing="reference")
+    text, units = tokenizer.load(config.tokenizer), sources.inventory(source, config.unit_bytes)
+    receipts = {"wiki": [token_cache.tokenize(unit, text, f"{tmp_path}/tokens") for unit in units]}
+    path = manifests.manifest_path(str(tmp_path), config, text, units)
+    manifest = manifests.assemble(path, config, text, receipts)
+    manifests.commit(manifest)
+    groups = [passes.pack_group(manifest, 0, 0, group) for group in range(len(manifest.groups(0, 0)))]
+    tokens = sum(unit["tokens"] for unit in manifest.sources[0].units)
+    assert sum(group["raw_tokens"] + group["lone_tokens"] for group in groups) == tokens == 18407
+    assert [group["lone_tokens"] for group in groups] == [1, 0, 0]
+    assert [group["cut_off_tokens"] for group in groups] == [309, 306, 145]
+    findings = audit.audit(manifest)
+    assert (findings.contradictions, findings.cut_off, findings.lone) == ([], 760, 1)
+    shown = CliRunner().invoke(cli.app, ["data", "inspect", manifest.path]).stdout
+    assert "wiki: packing reference cut off 760 tokens, and made no example of 1 of text" in shown
+
+    edit(next(tmp_path.glob("passes/*/0000/00000.json")), cut_off_tokens=308)
+    edit(next(tmp_path.glob("passes/*/0000/00001.json")), lone_tokens=1)
+    assert [str(wrong).split(": ", 1)[1] for wrong in audit.audit(manifest).contradictions] == [
+        "holds cut_off_tokens 309, its receipt says 308",
+        "holds lone_tokens 0, its receipt says 1",
+    ]
+    for receipt in tmp_path.glob("passes/*/0000/*.json"):  # of builds from before it was counted
+        receipt.write_text(json.dumps(_without(receipt, "cut_off_tokens", "lone_tokens")))
+    assert audit.audit(manifest).contradictions == []
+
+
 DAMAGES = {
     "a shard is missing": (
         lambda m, f: wiki(f, "00001.array_record").unlink(),

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from openmoe.pipelines import audit, selection, shards, sources, stdlib_corpus, storage, token_cache
 from openmoe.pipelines import build as builder
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import selection, shards, stdlib_corpus, storage, token_cache
 from openmoe.pipelines.build import _tokenize_task as tokenize_task
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.loader import Loader
@@ -91,12 +92,34 @@ def test_a_finished_build_needs_no_ray_and_reports_no_work(built, corpus, monkey
     assert reports == []
 
 
+def test_parts_of_a_compressed_file_are_units_of_the_build(ray_local, built, corpus, tmp_path, monkeypatch):
+    """Their pass has every document once, an audit knows them, and where a build ends does not depend on workers."""
+    inventory = sources.inventory
+    monkeypatch.setattr(
+        sources, "inventory", lambda *args: [replace(unit, window_bytes=20_000) for unit in inventory(*args)]
+    )
+    only = config(corpus, names=("common_crawl",))
+    manifests_of = [
+        builder.build(only, str(tmp_path / name), min_rows=60, place=builder.Workplace(num_workers=n))
+        for name, n in (("one", 1), ("two", 2))
+    ]
+    units, whole = manifests_of[0].sources[0].units, built[1].sources[1].units
+    assert len(units) > len(whole)
+    for key in ("documents", "tokens", "text_bytes"):
+        assert sum(unit[key] for unit in units) == sum(unit[key] for unit in whole)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert audit.audit(manifests_of[1]).contradictions == []
+
+
 def test_progress_counts_up_to_the_total(ray_local, built, copied, corpus):
     shutil.rmtree(copied / "passes")
     reports = []
     builder.build(config(corpus), str(copied), min_rows=50, report=lambda *args: reports.append(args))
     total = reports[0][2]
-    assert reports == [("pack", done, total, "groups") for done in range(1, total + 1)]
+    assert [report[:4] for report in reports] == [("pack", done, total, "groups") for done in range(1, total + 1)]
+    left = [sum(int(number) for number in re.findall(r" (\d+) left", report[4])) for report in reports]
+    assert left == list(range(total - 1, -1, -1))
+    assert set(re.findall(r"(\w+) \d+ left", reports[0][4])) == {"common_crawl", "the_stack", "wikipedia"}
 
 
 def test_more_rows_later_never_change_earlier_ones(ray_local, built, copied, corpus, tmp_path):

@@ -1,6 +1,8 @@
 """Which groups are wanted, whatever is packed already; and reading through a small cache."""
 
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -104,6 +106,46 @@ def test_a_build_on_gs_is_read_through_a_cache_that_is_smaller(small_data, on_gs
         assert loader.records(lo, lo + 20) == reference.records(lo, lo + 20)
         kept = sum(path.stat().st_size for path in tmp_path.iterdir() if not path.name.startswith("."))
         assert 0 < kept <= cache_bytes
+
+
+def only_group_0(folder):
+    """Takes all receipts but those of the first groups out of a copy of a build."""
+    for path in folder.glob("passes/*/*/*"):
+        if path.name.split(".")[0] != "00000":
+            path.unlink()
+    return Loader(str(next((folder / "manifests").iterdir())), cache_dir=str(folder.parent / "cache"))
+
+
+def test_who_may_only_read_renders_for_itself_within_a_bounded_cache_and_goes_on(
+    small_data, tmp_path, needs, caplog, monkeypatch
+):
+    needs(os.geteuid() == 0, "root to become another user")
+    folder = tmp_path / "data"
+    shutil.copytree(small_data.data_dir, folder)
+    loader = only_group_0(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for parent in [*tmp_path.parents][:3]:
+        parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    for name in ("cache", "scratch"):
+        (tmp_path / name).mkdir()
+        os.chown(tmp_path / name, 65534, 65534)
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/scratch")
+    told, wanted = [], Loader(small_data.path).records(0, 160)
+    os.seteuid(65534)
+    try:
+        assert loader.make_ready(160, told.append) > 0
+        assert loader.make_ready(160) == 0
+        for kept in (tmp_path / "cache").iterdir():
+            kept.unlink()  # as when the cache is full: it is rendered once more
+        assert loader.records(0, 160) == wanted
+    finally:
+        os.seteuid(0)
+    assert not told[0].endswith("for this process alone")
+    assert all(words.endswith(", for this process alone") for words in told[1:])
+    [warning] = caplog.records
+    assert "permission denied" in warning.message
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_what_is_missing_on_gs_is_rendered_to_the_same_rows(small_data, on_gs, tmp_path):

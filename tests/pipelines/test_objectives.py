@@ -58,7 +58,7 @@ def test_every_token_is_a_target_once_and_all_rows_but_the_last_are_full(lengths
 
 
 def write(path, rows, origin):
-    content, facts = shards.render(rows, origin)
+    content, facts, _ = shards.render(rows, origin)
     storage.write_durable(path, content)
     return facts
 

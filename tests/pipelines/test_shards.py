@@ -6,6 +6,7 @@ import pytest
 
 from openmoe.pipelines import shards
 from openmoe.pipelines.config import DataError
+from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.packing import Pieces, Row
 from openmoe.pipelines.storage import StorageError
 
@@ -54,7 +55,7 @@ def test_a_record_of_another_version_is_refused():
 def write_one(path: str) -> dict:
     pieces = Pieces(*(np.asarray([value]) for value in (0, 0, 4, 2, 5)))
     row = Row(np.asarray([9, 1, 8, 1], np.uint32), pieces, np.asarray([2]), np.asarray([2]))
-    content, facts = shards.render([row, row], np.asarray([[3, 6]]))
+    content, facts, _ = shards.render([row, row], np.asarray([[3, 6]]))
     Path(path).write_bytes(content)
     return facts
 
@@ -79,3 +80,10 @@ def test_a_damaged_shard_is_refused_when_it_is_opened(tmp_path):
     path.write_bytes(content)
     with pytest.raises(StorageError, match="shard: damaged or replaced"):
         shards.Shard(str(path), sha256=facts["sha256"], cache_dir=str(tmp_path))
+
+
+def test_rows_that_are_unpacked_together_are_as_each_alone(small_data):
+    records = Loader(small_data.path).records(0, 160)
+    together, alone = shards.batch(records, 128), [shards.batch([record], 128) for record in records]
+    for key, array in together.items():
+        np.testing.assert_array_equal(array, np.concatenate([each[key] for each in alone]))

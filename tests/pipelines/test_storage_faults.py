@@ -13,14 +13,14 @@ import pytest
 
 from openmoe.pipelines import local_cache, sources, storage
 from openmoe.pipelines.config import SourceConfig
-from openmoe.pipelines.storage import StorageUnavailable
+from openmoe.pipelines.storage import StorageDenied, StorageUnavailable
 
 
 class Proxy(ThreadingHTTPServer):
     """Passes requests on to the emulator; `faults` are taken one by one by requests of their method.
 
-    A fault is (method, kind): "refused" answers 503 before the request is passed on, "lost" after it, "cut" closes the
-    connection in the middle of the answer, "slow" waits half a second.
+    A fault is (method, kind): "denied" answers 403, "refused" 503 before the request is passed on, "lost" after it,
+    "cut" closes the connection in the middle of the answer, "slow" waits half a second.
     """
 
     daemon_threads = True
@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append((self.command, self.path, body, dict(self.headers.items())))
         fault = self.server.fault(self.command)
+        if fault == "denied":
+            return self.answer(403, [], b"you may read")
         if fault == "refused":
             return self.answer(503, [], b"try later")
         if fault == "slow":
@@ -129,6 +131,12 @@ def test_an_inventory_of_texts_is_one_listing_with_the_sizes_that_each_file_give
     assert [*unit.files] == [
         (p, f"{e['size']}:{e['crc32c']}/{e['generation']}") for p, e in zip(paths, entries, strict=True)
     ]
+
+
+def test_who_may_not_write_is_told_so_at_once(proxy, folder):
+    proxy.faults.append(("POST", "denied"))
+    with pytest.raises(StorageDenied, match=r"a: cannot be written \(1 bytes\): Forbidden: .* you may read"):
+        storage.write_durable(storage.join(folder, "a"), b"1")
 
 
 def test_a_file_that_may_be_replaced_is_asked_for_without_a_condition(proxy, folder):

@@ -1,6 +1,8 @@
 import base64
+import gzip
 import hashlib
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -57,6 +59,43 @@ def test_what_is_left_out_is_kept_aside_byte_for_byte_up_to_a_bound_and_counted_
     assert [base64.b64decode(kept[0]["base64"]), kept[0]["reason"], kept[0]["offset"]] == [bad[0], "not_utf8", 20]
     assert [kept[1]["line"], kept[1]["bytes"]] == [bad[1].decode()[:4096], 5009]
     assert [kept[2]["line"], kept[2]["reason"]] == [bad[2].decode()[:4096], "too_long"]
+
+
+def test_a_compressed_file_becomes_parts_of_a_window_each_that_a_killed_worker_goes_on_with(tmp_path):
+    lines = [json.dumps({"text": f"line {i} " + "word " * (i % 50)}).encode() for i in range(300)]
+    lines += [b"{bad", json.dumps({"text": "x " * 6000}).encode(), *lines]  # one longer than two windows
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    config = SourceConfig(name="s", format="redpajama", paths=(str(tmp_path / "a.jsonl.gz"),), weight=1.0)
+    [unit] = sources.inventory(config, 1000)
+    whole = token_cache.tokenize(unit, TEXT, str(tmp_path / "whole"))
+    assert token_cache.parts(whole) == [whole]
+    assert unit.key() == replace(unit, window_bytes=64 * 2**20).key() != replace(unit, window_bytes=5000).key()
+
+    windowed = replace(unit, window_bytes=5000)
+    receipt = token_cache.tokenize(windowed, TEXT, str(tmp_path / "parts"))
+    parts = token_cache.parts(receipt)
+    assert [part["key"] for part in parts] == [f"{receipt['key']}-{number:05d}" for number in range(18)]
+    assert {token_cache.unit_key(part) for part in parts} == {receipt["key"]}
+    assert sorted(part["text_bytes"] > 5000 for part in parts) == [False] * 17 + [True]
+    read = [token_cache.read(str(tmp_path / "parts"), part["key"], sha256=part["sha256"]) for part in parts]
+    expected = token_cache.read(str(tmp_path / "whole"), whole["key"], sha256=whole["sha256"])
+    assert [n for part in read for n in part.lengths.tolist()] == expected.lengths.tolist()
+    assert [n for part in read for n in part.tokens.tolist()] == expected.tokens.tolist()
+    assert [part["bad"] for part in parts if part["bad"]] == [whole["bad"]] == [{"bad_json": 1}]
+
+    files = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+    for name in (
+        *(f"{part['key']}.json" for part in parts[1::2]),
+        f"{parts[3]['key']}.parquet",
+        f"{receipt['key']}.json",
+    ):
+        (tmp_path / "parts" / name).unlink()
+    kept = tmp_path / "parts" / f"{parts[2]['key']}.parquet"
+    kept.write_bytes(b"not written again, since its receipt is there")
+    assert token_cache.tokenize(windowed, TEXT, str(tmp_path / "parts")) == receipt
+    assert kept.read_bytes().startswith(b"not written again")
+    kept.write_bytes(files[kept.name])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == files
 
 
 def test_two_builds_of_a_unit_write_the_same_bytes(tmp_path):

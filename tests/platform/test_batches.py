@@ -111,9 +111,10 @@ def test_steps_that_are_ahead_of_the_build_render_their_rows_and_say_so(begun, s
             pass
 
     of_run = spec.load("quickstart", ["data.seq_len=128", f"train.batch_rows={ROWS}", "train.steps=5", *FITTING])
-    recorder, beats, metrics = Events(), [], []
+    recorder, beats, metrics, rendered = Events(), [], [], []
     mesh = sharding.make_mesh(expert=8)
-    with train_loop.Batches(of_run, mesh, Loader(begun.path), Position(step=2, next_row=16)) as coming:
+    begins, tell = Position(step=2, next_row=16), lambda: rendered.append(1)
+    with train_loop.Batches(of_run, mesh, Loader(begun.path), begins, tell) as coming:
         for first in (16, 24, 32):
             batch, of_step = coming.take(recorder, lambda: beats.append(1))
             metrics.append(of_step)
@@ -121,7 +122,7 @@ def test_steps_that_are_ahead_of_the_build_render_their_rows_and_say_so(begun, s
             for key in train_loop.BATCH_KEYS:
                 np.testing.assert_array_equal(np.asarray(batch[key])[0], wanted[key])
     assert recorder.seen == [("renders_data", {"missing": "group 1 of pass 0 of wiki"})]
-    assert len(beats) == 1
+    assert len(beats) == len(rendered) == 1
     assert [of_step["rendered_groups"] for of_step in metrics] == [1, 0, 0]
     assert metrics[0]["data_wait_s"] > 0
 

@@ -143,7 +143,7 @@ def test_row_groups_that_are_tokenized_stand_for_their_part_of_the_file():
     stack = {"source": "s", "format": "the_stack", "path": "s.parquet", "fingerprint": "1000:1"}
     units = [Unit(**stack, start=0, stop=1), Unit(**stack, start=1, stop=4)]
     source = SourceConfig(name="s", format="the_stack", paths=("s.parquet",), weight=1.0)
-    found = data_plan._source_plan(source, [(units[0], {"documents": 2, "tokens": 50}), (units[1], None)])
+    found = data_plan._source_plan(source, [(units[0], [{"documents": 2, "tokens": 50}]), (units[1], None)])
     assert (found.tokens, found.estimated_tokens, found.measured, found.files) == (50, 200, True, 1)
 
 

@@ -17,6 +17,22 @@ from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import Stage
 from openmoe.platform import cli, data_figures, data_report
 
+# What of a picture's texts and bars lies outside of it, or is drawn smaller than can be read.
+OUTSIDE = """pictures => pictures.flatMap(picture => {
+  const frame = picture.getBoundingClientRect();
+  return [...picture.querySelectorAll("text, rect")].filter(part => {
+    const box = part.getBoundingClientRect();
+    const small = part.tagName === "text" && box.height < 9;
+    return small || box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 2;
+  }).map(part => picture.getAttribute("aria-label") + ": " + (part.textContent || part.getAttribute("class")));
+})"""
+# How bright text and ground are, from 0 to 765.
+INKS = """() => {
+  const sum = colour => colour.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b);
+  const text = document.querySelector("svg text"), section = text.closest("section");
+  return { text: sum(getComputedStyle(text).fill), ground: sum(getComputedStyle(section).backgroundColor) };
+}"""
+
 
 @pytest.fixture(scope="module")
 def figures(small_data):
@@ -139,6 +155,31 @@ def test_a_unit_that_is_cut_off_is_one_line_with_the_remedy(small_data, tmp_path
     unit.write_bytes(unit.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"^{unit}: damaged \(.*\); `openmoe data audit` says what else is$"):
         data_figures.collect(manifests.load(str(next((tmp_path / "data/manifests").iterdir()))))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1440])
+def test_in_a_browser_all_pictures_are_there_with_their_numbers_and_nothing_sticks_out(
+    figures, browse, tmp_path, width, scheme
+):
+    hostile = "<img src=x onerror=1>" * 9
+    wiki = figures.sources[0]._replace(bad={"bad_json": 3}, quarantined=[f"{hostile} [0, 9): died"])
+    path = tmp_path / "page.html"
+    path.write_text(data_report.page(figures._replace(sources=[wiki, *figures.sources[1:]])))
+    page = browse(f"file://{path}", viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    pictures = page.locator("svg[aria-label]")
+    assert pictures.count() == len(re.findall(r"<svg [^>]*aria-label", path.read_text())) >= 7
+    outside = pictures.evaluate_all(OUTSIDE)
+    assert outside == []
+    assert page.locator("svg text:visible").count() == page.locator("svg text").count() > 30
+    [stage] = figures.stages
+    rows = f"{stage.shares[0].rows / stage.end:.2%} of 75.00%, {stage.shares[0].rows} rows"
+    assert page.get_by_text(rows, exact=True).is_visible()
+    assert page.locator("img").count() == 0
+    inks = page.evaluate(INKS)
+    assert (inks["text"] > inks["ground"]) == (scheme == "dark")
+    assert abs(inks["text"] - inks["ground"]) > 300  # of 765: easy to read
 
 
 def test_the_command_writes_one_file_that_asks_for_nothing(small_data, tmp_path):

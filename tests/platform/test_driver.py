@@ -4,6 +4,7 @@ import pytest
 
 from openmoe.pipelines.config import DataError
 from openmoe.platform import driver, hosts, spec
+from openmoe.platform.board import Board
 from openmoe.platform.driver import Attempt
 from openmoe.platform.lineage import Acceptance
 from openmoe.platform.progress import ProgressReport
@@ -117,6 +118,15 @@ def test_bad_input_found_by_a_worker_is_one_line_and_exit_code_2(attempt):
     assert (finished, exit_code) == (False, 2)
     assert said.count(line) == 2  # as the reason, and as evidence
     assert "Traceback" not in said
+
+
+def test_the_groups_that_all_workers_render_are_shown_together():
+    board = Board()
+    board.rendered()
+    assert board.take() is None
+    board.rendered()
+    board.put({"step": 7})
+    assert board.take() == {"step": 7, "rendered_groups": 2}
 
 
 def test_it_says_once_when_training_got_ahead_of_the_build(tmp_path, capsys):
