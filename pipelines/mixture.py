@@ -133,6 +133,11 @@ def shuffle_pass(rows: np.ndarray, num_rows: int, *parts: int | str) -> np.ndarr
     windows = rows // WINDOW_ROWS
     for window in np.unique(windows):
         start = int(window) * WINDOW_ROWS
-        permutation = Permutation(min(WINDOW_ROWS, num_rows - start), "window", *parts, int(window))
-        stored[windows == window] = start + permutation(rows[windows == window] - start)
+        order = _shuffled_window(min(WINDOW_ROWS, num_rows - start), *parts, int(window))
+        stored[windows == window] = start + order[rows[windows == window] - start]
     return stored
+
+
+@functools.lru_cache(maxsize=64)  # of half a megabyte: each stream reads one after the other
+def _shuffled_window(num_rows: int, *parts: int | str) -> np.ndarray:
+    return Permutation(num_rows, "window", *parts)(np.arange(num_rows))

@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
       rows: in the order of the records.
       origin: int64[documents, 2], unit and document in the unit of each document that rows refer to.
     """
-    statistics, tables = _Statistics(), [np.empty(0, SEGMENT)]
+    statistics, tables = _Statistics(), []
     with tempfile.TemporaryDirectory() as folder:
         local = str(Path(folder) / "shard")
         try:
@@ -74,7 +74,7 @@ def render(rows: Iterable[Row], origin: np.ndarray) -> Rendered:
         content = storage.read_bytes(local)
     digest = hashlib.sha256(content).hexdigest()
     facts = {"sha256": digest, "bytes": len(content), **statistics.counts()}
-    return Rendered(content, facts, np.concatenate(tables))
+    return Rendered(content, facts, _joined(tables))
 
 
 class _Statistics:
@@ -110,6 +110,11 @@ class _Statistics:
         }
 
 
+def _joined(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns one SEGMENT table of several; NumPy joins numbers ten times as fast as records."""
+    return np.concatenate([np.empty(0, "<u4"), *(table.view("<u4") for table in tables)]).view(SEGMENT)
+
+
 def records(content: bytes) -> list[bytes]:
     """Returns all records of a shard that is held as bytes."""
     with tempfile.NamedTemporaryFile() as file:  # ArrayRecord reads files alone
@@ -125,7 +130,7 @@ def records(content: bytes) -> list[bytes]:
 def count(records: list[bytes]) -> tuple[dict[str, Any], np.ndarray]:
     """Returns what a receipt says of these records but for digest and size, and their SEGMENT tables in one."""
     decoded = [decode(record) for record in records]
-    segments = np.concatenate([np.empty(0, SEGMENT), *(table for _, table in decoded)])
+    segments = _joined([table for _, table in decoded])
     statistics = _Statistics()
     statistics.rows = len(decoded)
     statistics.slots_used = sum(len(tokens) for tokens, _ in decoded)
@@ -168,7 +173,7 @@ def batch(records: list[bytes], seq_len: int) -> dict[str, np.ndarray]:
     Within a segment the input ids are its inputs and targets shifted by one, with 0 at its start. Loss is on targets.
     """
     tables = [decode(record) for record in records]
-    tokens, segments = (np.concatenate(parts) for parts in zip(*tables, strict=True))
+    tokens, segments = np.concatenate([own for own, _ in tables]), _joined([table for _, table in tables])
     has_slots = segments["inputs"] + segments["targets"] > 0
     row = np.repeat(np.arange(len(records)), [len(table) for _, table in tables])[has_slots]
     inputs, targets = (segments[key][has_slots].astype(np.int32) for key in ("inputs", "targets"))
