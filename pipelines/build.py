@@ -231,8 +231,9 @@ def _run(
     with_nodes: collections.Counter[str] = collections.Counter()
     while left and not place.is_left():
         together = [task for task in left if losses[task] < limits.MAX_LOSSES - 1]
+        answered = False
         for answer in _in_ray(work, together or left[:1], stuck_s, place):
-            task = answer["task"]
+            answered, task = True, answer["task"]
             nodes = answer.get("nodes", "")
             with_nodes[task] += bool(nodes)
             losses[task] += "lost" in answer and (not nodes or with_nodes[task] > limits.MAX_LOSSES_WITH_NODES)
@@ -245,7 +246,7 @@ def _run(
                 place.say(f"a worker died, {losses[task]} of {limits.MAX_LOSSES} times over {_named(task)}")
             if place.is_left():
                 return
-        untouched = [task for task in left if not losses[task]]
+        untouched = [task for task in left if not losses[task] and not (answered and with_nodes[task])]
         if untouched and not place.is_left():
             left.remove(untouched[0])
             yield _receipt(work({"task": untouched[0]}))

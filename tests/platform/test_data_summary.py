@@ -76,6 +76,8 @@ def test_a_stream_is_summed_over_its_finished_passes(data_dir):
         fill=0.875,
         loss=0.375,
         denoisers={"R3": 0.375, "S": 0.625},
+        cut_off=0,
+        lone=0,
     )
     assert (code.share, code.passes, code.rows, code.fill, code.denoisers) == (0.75, 0, 0, 0.0, {})
 
