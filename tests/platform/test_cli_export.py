@@ -1,3 +1,5 @@
+import json
+
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
@@ -19,7 +21,8 @@ def test_a_range_of_rows_is_exported_from_a_manifest(small_data, tmp_path):
 
 
 def test_all_rows_are_exported_when_none_are_named(small_data, tmp_path):
-    assert export(small_data.path, tmp_path / "out", "--format", "array_record").exit_code == 0
+    result = export(small_data.path, tmp_path / "out", "--format", "array_record", "--json")
+    assert list(json.loads(result.stdout)["files"]) == ["rows-00000-of-00001.array_record"]
     assert (tmp_path / "out" / "rows-00000-of-00001.array_record").exists()
 
 

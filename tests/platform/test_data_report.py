@@ -192,3 +192,16 @@ def test_the_command_writes_one_file_that_asks_for_nothing(small_data, tmp_path)
     assert small_data.path in page
     for asked in ("http", "<script", "src=", "url(", "@import"):
         assert asked not in page
+
+
+def test_the_figures_of_the_page_are_to_be_had_as_json(figures, small_data):
+    result = CliRunner().invoke(cli.app, ["data", "report", small_data.path, "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert (found["data_id"], found["manifest"], found["rows"]) == (
+        small_data.data_id,
+        small_data.path,
+        figures.rows,
+    )
+    assert found["sources"][0]["lengths"]["longest"] == figures.sources[0].lengths.longest
+    assert found["streams"][0]["wanted_denoisers"] == {"R3": 0.1, "R8": 0.1, "X3": 0.1, "X8": 0.1, "X64": 0.1, "S": 0.5}
+    assert found["stages"][0]["shares"][0]["wanted"] == 0.75
