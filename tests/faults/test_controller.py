@@ -164,11 +164,30 @@ def test_a_controller_killed_at_three_points_submits_once_and_the_job_succeeds(p
     place.stop()
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """The run of the two tests that follow: the first leaves it at work."""
+    return RunDir(str(tmp_path_factory.mktemp("long") / "run"))
+
+
+@pytest.fixture(scope="module")
+def long_job(place, long_run):
+    return place.submit(long_run.path)
+
+
+def test_a_controller_that_is_told_to_stop_leaves_the_jobs_at_work_and_says_so(place, long_job):
+    place.start()
+    place.wait_until(long_job, "running")
+    place.stop()
+    last = place.log.read_text().splitlines()[-1]
+    assert last.endswith(f"controller: stopped; these runs go on, on their clusters: {long_job}")
+    assert place.submissions(long_job) == [(f"{long_job}-1", "RUNNING")]
+
+
 def test_a_cancelled_job_leaves_a_run_that_goes_on_when_retried_and_survives_the_death_of_its_driver(
-    place, controller, driver_of, tmp_path
+    place, controller, driver_of, long_run, long_job
 ):
-    run = RunDir(str(tmp_path / "run"))
-    job_id = place.submit(run.path)
+    run, job_id = long_run, long_job
     place.wait_for("a checkpoint", lambda: run.acceptances())
     place.openmoe("jobs", "cancel", job_id)
     assert place.wait_until(job_id, "cancelled").reason == "on request"
@@ -196,20 +215,6 @@ def test_a_run_that_cannot_be_trained_fails_with_the_driver_s_own_line(place, co
     assert "/nowhere/*.jsonl" in job.reason
     assert "/nowhere/*.jsonl" in place.openmoe("jobs", "list")
     assert "/nowhere/*.jsonl" in place.openmoe("jobs", "logs", job_id)
-
-
-def test_a_controller_that_is_told_to_stop_leaves_the_jobs_at_work_and_says_so(place, tmp_path):
-    place.start()
-    job_id = place.submit(tmp_path / "run", "train.steps=4000")
-    place.wait_until(job_id, "running")
-    place.stop()
-    last = place.log.read_text().splitlines()[-1]
-    assert last.endswith(f"controller: stopped; these runs go on, on their clusters: {job_id}")
-    assert place.submissions(job_id) == [(f"{job_id}-1", "RUNNING")]
-    place.start()
-    place.openmoe("jobs", "cancel", job_id)
-    place.wait_until(job_id, "cancelled")
-    place.stop()
 
 
 def test_no_token_is_in_the_database_the_logs_or_what_ray_shows(place):
