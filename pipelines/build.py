@@ -199,6 +199,8 @@ def _answer(row: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str
     """Returns a task's receipt, or the reason for which there can be none: that stops the build, in one line."""
     try:
         return {**row, "receipt": json.dumps(work()), "error": "", "fault": ""}
+    except storage.StorageDenied as error:
+        return {**row, "receipt": "", "error": str(error), "fault": "", "denied": "yes"}
     except (DataError, storage.StorageError) as error:
         return {**row, "receipt": "", "error": str(error), "fault": ""}
     except MemoryError:
@@ -258,6 +260,8 @@ def _named(task: str) -> str:
 
 
 def _receipt(answer: dict[str, str]) -> dict[str, Any]:
+    if answer.get("denied"):
+        raise storage.StorageDenied(answer["error"])
     if answer["error"]:
         raise DataError(answer["error"])
     if answer["fault"]:

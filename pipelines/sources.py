@@ -344,7 +344,7 @@ def _rows(unit: Unit) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
-    if not raw.strip():
+    if not raw or raw.isspace():
         return BadLine(path, offset, "empty", raw)
     try:
         record = json.loads(raw.decode("utf-8"))
@@ -368,7 +368,7 @@ def _parse_text(path: str, row: int, raw: bytes) -> Document | BadLine:
 
 def _sanitize(path: str, offset: int, text: str, raw: bytes) -> Document | BadLine:
     """Returns the document; ASCII-escaped JSON carries lone surrogates, on which tokenizers fail."""
-    if not text.strip():
+    if not text or text.isspace():
         return BadLine(path, offset, "empty", raw)
     try:
         text.encode("utf-8")

@@ -18,6 +18,7 @@ from openmoe.pipelines.build import Report, Workplace
 from openmoe.pipelines.config import BLOCK_ROWS
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.mixture import WINDOW_ROWS
+from openmoe.pipelines.storage import StorageDenied
 from openmoe.platform import run_length
 from openmoe.platform.spec import RunSpec
 
@@ -46,8 +47,11 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
         build.pack(built, built.first_passes(), report, place)
     spec = run_length.resolved(spec, built.epoch_rows())
     row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
-    while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
-        build.pack(built, wanted, report, place)
+    try:
+        while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
+            build.pack(built, wanted, report, place)
+    except StorageDenied as error:
+        place.say(_left_to_workers(error))
     return manifest, spec
 
 
@@ -127,9 +131,15 @@ class BuildAhead:
                     build.pack(self._passes, wanted, self._report, self._place)
                 elif self._stop.wait(POLL_S):
                     return
+        except StorageDenied as error:
+            self._say(_left_to_workers(error))
         except Exception as error:
             if not self._stop.is_set():
                 self._failure = error
+
+
+def _left_to_workers(error: StorageDenied) -> str:
+    return f"{error}; what is not packed is rendered by the workers, each for itself"
 
 
 def _place(spec: RunSpec, **settings: Any) -> Workplace:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from openmoe.pipelines import build
 from openmoe.pipelines.config import DataError, SourceConfig
+from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.sources import Unit
 from openmoe.platform import build_ahead, cli, data_plan, spec
 
@@ -112,6 +115,31 @@ def test_tokenizing_ends_with_the_manifest_and_packs_nothing(small_data, tmp_pat
     manifest = build_ahead.tokenize(loaded, lambda *progress: None, print)
     assert (manifest.data_id, manifest.path) == (small_data.data_id, str(next((tmp_path / "manifests").iterdir())))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifests", "tokens"]
+
+
+def test_a_run_over_data_that_may_only_be_read_leaves_what_is_missing_to_its_workers(
+    small_data, tmp_path, mount_disk, monkeypatch
+):
+    monkeypatch.setattr(build, "_in_ray", lambda *args: iter(()))  # a cluster without a free CPU
+    folder = tmp_path / "data"
+    folder.mkdir()
+    mount_disk(folder, "20m")
+    shutil.copytree(small_data.data_dir, folder, dirs_exist_ok=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    loaded = spec.load("quickstart", (*settings(small_data, folder), "train.steps=100"))
+    said: list[str] = []
+    manifest, resolved = build_ahead.build_first(loaded, 60, lambda *progress: None, said.append)
+    with build_ahead.BuildAhead(resolved, manifest, lambda: 0, lambda *progress: None, said.append) as ahead:
+        ahead._thread.join(30)
+        ahead.check()
+    assert len(said) == 2
+    for line in said:
+        assert "the file system is read-only" in line
+        assert line.endswith("; what is not packed is rendered by the workers, each for itself")
+    loader = Loader(manifest.path, cache_dir=str(tmp_path / "cache"))
+    assert loader.num_rows < 400
+    assert loader.make_ready(400) > 0
+    assert loader.num_rows >= 400
 
 
 def test_compressed_files_row_groups_and_folders_of_texts_count_by_their_bytes(tmp_path):
