@@ -148,6 +148,7 @@ def test_a_training_step_has_fused_attention_and_updates_its_state_in_place(
     assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
 
 
+@pytest.mark.timeout(900)  # a minute alone on two cores, seven with twenty others
 def test_the_8b_run_trains_on_64_v4_chips_as_the_plan_says(mesh_of):
     """Its whole batch; in half of the chips' 32 GiB, with the estimated memory, arithmetic and exchanges."""
     run, machines = spec.load("openmoe_8b", ["mesh={fsdp: 8, expert: 8}"]), plan_hardware.parse("v4-128")
