@@ -15,9 +15,11 @@ from openmoe.platform import (
     cli_dashboard,
     cli_data,
     cli_generate,
+    cli_goodput,
     cli_jobs,
     cli_ledger,
     cli_plan,
+    cli_profile,
     cli_render,
     cli_schedule,
     tables,
@@ -100,14 +102,14 @@ def train(
     attempt: Annotated[str, typer.Option(metavar="NAME", help="What the run's records call this driver.")] = "",
 ) -> None:
     """Train a run, or go on with it where it stopped."""
-    from openmoe.platform import instances, spec
+    from openmoe.platform import attempt_log, instances, spec
 
     loaded = spec.load(run, overrides or ())
     read_instances = instances.reader(cluster)
 
     from openmoe.platform import driver  # imports Ray: only once the run file is known to be good
 
-    raise typer.Exit(driver.train(loaded, read_instances, attempt))
+    raise typer.Exit(driver.train(loaded, read_instances, attempt, attempt_log.process_began_s()))
 
 
 app.command()(cli_jobs.up)
@@ -115,6 +117,8 @@ app.command()(cli_jobs.submit)
 app.command()(cli_convert.convert)
 app.command()(cli_dashboard.dashboard)
 app.command()(cli_generate.generate)
+app.command()(cli_goodput.goodput)
+app.command()(cli_profile.profile)
 app.command()(cli_plan.plan)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from openmoe.clusters.provider import Instance
 from openmoe.pipelines.config import DataError
 from openmoe.platform import build_ahead, ray_session, report, run_length, spec_paths, validate
-from openmoe.platform.journal import Journal
+from openmoe.platform.attempt_log import AttemptLog
+from openmoe.platform.journal import DRIVER, Journal
 from openmoe.platform.lineage import Claim
 from openmoe.platform.progress import ProgressReport
 from openmoe.platform.report import RunReport
@@ -28,20 +29,24 @@ from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
 from openmoe.platform.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
 
-DRIVER = 99_999  # the driver's process number in the journal; workers count from 0
-
 
 class Stopped(BaseException):
     """Somebody asked the driver to stop: Ctrl-C, or SIGTERM as `ray job stop` sends it."""
 
 
-def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple, attempt: str = "") -> int:
+def train(
+    spec: RunSpec,
+    instances: Callable[[], Iterable[Instance]] = tuple,
+    attempt: str = "",
+    began_s: float | None = None,
+) -> int:
     """Runs `spec` to its end: data, incarnations, summary.
 
     Args:
       spec: the run.
       instances: reads the provider's records of the machines; none where it keeps none.
       attempt: what whoever started this driver calls it; its records carry it.
+      began_s: when its process began, Unix time, if it does nothing else.
 
     Returns:
       Exit code: 0 the run is finished, 1 it ended before, 2 its input is wrong.
@@ -58,9 +63,14 @@ def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple, at
             return 0
         try:
             # The second time because Ray, when it starts, puts handlers of its own in their place.
-            with stops_raise(), ray_session.started(spec.cluster) as where, stops_raise():
+            with (
+                AttemptLog(run, attempt, began_s) as log,
+                stops_raise(),
+                ray_session.started(spec.cluster) as where,
+                stops_raise(),
+            ):
                 show.say(f"Ray: {where}")
-                exit_code, result = _train(spec, run, instances, show, attempt)
+                exit_code, result = _train(spec, run, instances, show, log)
         except Stopped:
             show.say(f"stopped on request; the same command goes on from the last checkpoint in {run.path}")
             return 1
@@ -70,17 +80,20 @@ def train(spec: RunSpec, instances: Callable[[], Iterable[Instance]] = tuple, at
 
 
 def _train(
-    spec: RunSpec, run: RunDir, instances: Callable[[], Iterable[Instance]], show: ProgressReport, name: str
+    spec: RunSpec, run: RunDir, instances: Callable[[], Iterable[Instance]], show: ProgressReport, log: AttemptLog
 ) -> tuple[int, RunReport | None]:
     """Builds the data that training begins with, and the rest while it trains; returns exit code and result."""
+    log.mark("build")
     write_sample_corpus(spec)
     newest = run.newest_accepted()
     manifest, known = build_ahead.build_first(spec, newest.step if newest else 0, show, show.say)
-    attempt = Attempt(known, run, manifest.path, show, instances, name)
+    attempt = Attempt(known, run, manifest.path, show, instances, log.name, log.mark)
     with build_ahead.BuildAhead(known, manifest, attempt.position_steps, show, show.say) as ahead:
         if not attempt.run(ahead.check):
             return attempt.exit_code, None
-    return 0, report.finish(spec, run, manifest.path, attempt=name)
+    result = report.finish(spec, run, manifest.path, attempt=log.name)
+    log.outcome("finished")
+    return 0, result
 
 
 def write_sample_corpus(spec: RunSpec) -> None:
@@ -102,10 +115,12 @@ class Attempt:
         show: ProgressReport,
         instances: Callable[[], Iterable[Instance]],
         name: str = "",
+        mark: Callable[[str, int], None] = lambda phase, incarnation: None,
     ) -> None:
         self._spec, self._run, self._manifest_path, self._show = spec, run, manifest_path, show
-        self._instances, self._name = instances, name
+        self._instances, self._name, self._mark = instances, name, mark
         self._step = self._rendered_groups = 0
+        self._step_time_s = 0.0  # when that step ended
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
         self.exit_code = 0
@@ -126,8 +141,10 @@ class Attempt:
         from openmoe.platform import hosts
 
         while True:
+            self._mark("capacity", 0)
             hosts.wait_for_slices(self._spec.cluster, self._show.say)
             claim = self._run.claim()
+            self._mark("idle", claim.incarnation)
             journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
             self._step, self._rendered_groups = self._run.step_of(claim.resumes), 0
             steps = self._spec.train.total_steps
@@ -142,6 +159,7 @@ class Attempt:
                 failure = Failure(rank=-1, kind="bad_input", text=str(error))
                 self._judge(claim, journal, diagnose(Evidence(failures=(failure,))))
                 raise
+            self._mark("end", 0)
             if evidence is None:
                 return True
             verdict = diagnose(evidence)
@@ -194,7 +212,7 @@ class Attempt:
 
     def _show_newest(self, record: dict[str, Any] | None) -> None:
         if record is not None:
-            self._step = record["step"]
+            self._step, self._step_time_s = record["step"], record.get("time_s", 0.0)
             if (rendered := record["rendered_groups"]) > self._rendered_groups:
                 self._rendered_groups = rendered
                 self._show.say(f"training got ahead of the build: {rendered} group(s) of rows rendered on read so far")
@@ -224,6 +242,7 @@ class Attempt:
         if verdict.cause == "damaged_checkpoint":
             self._run.quarantine(claim.resumes, verdict.reason)
         record = {"event": "ended", "time_s": time.time(), "step": self._step, "attempt": self._name}
+        record["step_time_s"] = self._step_time_s
         journal.append({**record, **asdict(verdict), "decision": asdict(decision)})
         journal.flush()
         return decision

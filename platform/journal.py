@@ -30,6 +30,8 @@ from openmoe.pipelines import storage
 MERGED_SEGMENTS = (1000, 100, 10)
 MERGED_BYTES = 2**24  # what a writer keeps in memory to merge; larger segments stay in fewer pieces anyway
 
+DRIVER = 99_999  # the driver's process number; workers count from 0
+
 _SEGMENT = re.compile(r"(\d{6})-(\d{5})-(\d{6})(?:-(\d{6}))?\.jsonl")
 _LISTINGS = 5  # made of a folder before a missing segment counts as lost
 

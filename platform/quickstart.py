@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from openmoe.platform import driver, spec
+from openmoe.platform import attempt_log, driver, spec
 from openmoe.platform.run_dir import RunDir
 
 
@@ -19,7 +19,7 @@ def main(*, new: bool, run_dir: str | None, overrides: Sequence[str] = ()) -> in
     loaded = spec.load("quickstart", [*overrides, *([f"run_dir={run_dir}"] if run_dir else [])])
     if new:
         loaded = loaded.model_copy(update={"run_dir": _next_free(loaded.run_dir)})  # the data is the same
-    code = driver.train(loaded)
+    code = driver.train(loaded, began_s=attempt_log.process_began_s())
     if code == 0 and not new:
         print(f"another one from scratch: openmoe quickstart --new{f' --run-dir {run_dir}' if run_dir else ''}")
     return code

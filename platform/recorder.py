@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Generator
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from openmoe.platform.event_files import EventFiles
 from openmoe.platform.journal import Journal
 from openmoe.platform.lineage import Claim, Position
 from openmoe.platform.run_dir import RunDir
+from openmoe.platform.wandb_curves import WandbCurves
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -30,13 +32,22 @@ class Recorder:
     Metrics are read one step late, so that the devices never wait for the host.
     """
 
-    def __init__(self, run: RunDir, claim: Claim, report: Callable[[dict[str, Any]], None], *, row_tokens: int) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        claim: Claim,
+        report: Callable[[dict[str, Any]], None],
+        *,
+        row_tokens: int,
+        trackers: Collection[str] = (),
+    ) -> None:
         process = jax.process_index()
         self._leads = process == 0
         self._events = Journal(run.at("journal"), incarnation=claim.incarnation, process=process)
         self._metrics = Journal(run.at("metrics"), incarnation=claim.incarnation, process=process)
         self._ledger = Journal(run.at("ledger"), incarnation=claim.incarnation, process=process)
         self._curves = EventFiles(run.at("tensorboard"), incarnation=claim.incarnation, row_tokens=row_tokens)
+        self._wandb = WandbCurves(run, row_tokens=row_tokens) if self._leads and "wandb" in trackers else None
         self._report = report
         self._in_flight: tuple[Position, Position, dict[str, Array | float]] | None = None
         self._last = Position()
@@ -53,6 +64,8 @@ class Recorder:
     ) -> None:
         if error is not None:
             self.event("raised", error=f"{type(error).__name__}: {error}")
+        if self._wandb:
+            self._wandb.close()
         try:
             self.flush()
         except StorageError as failure:
@@ -65,10 +78,23 @@ class Recorder:
         self._last, self.ledger_head, self._last_time_s = position, ledger_head, time.time()
         self.loss_tokens = loss_tokens
         self._curves.begin(position.step)
+        if self._wandb:
+            self._wandb.begin(position.step)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Journals something that happened, with the time it happened."""
         self._events.append({"event": kind, "time_s": time.time(), **facts})
+        if self._wandb and kind == "accepted":
+            self._wandb.accepted(facts["step"])
+
+    @contextlib.contextmanager
+    def charged(self, cause: str) -> Generator[None]:
+        """Journals that the block's time was spent on `cause`, as `openmoe goodput` names it."""
+        start_s = time.time()
+        try:
+            yield
+        finally:
+            self.event("charged", cause=cause, seconds=time.time() - start_s)
 
     def record(self, position: Position, metrics: dict[str, Array | float]) -> None:
         """Takes the metrics of the step that led to `position`, and keeps those of the step before it.
@@ -106,6 +132,8 @@ class Recorder:
             self._ledger.append(ledger.to_json(entry))
             self._metrics.append(record)
             self._curves.append(record)
+            if self._wandb:
+                self._wandb.append(record)
             self._report(record)
         if not math.isfinite(values["total_loss"]):
             raise NonFiniteLoss(f"step {position.step}, rows {rows[0]}..{rows[1] - 1}: loss {values['total_loss']}")

@@ -6,8 +6,11 @@ accepted/000001.json      created if absent: a checkpoint that counts
 quarantined/000001.json   an acceptance whose checkpoint could not be restored, and why
 checkpoints/000001/<step> Orbax, a folder for each incarnation
 journal/  metrics/        segments (journal.py)
+attempts/                 segments: what drivers did around their worker groups (attempt_log.py)
 ledger/                   segments: which rows each step consumed (ledger.py)
 tensorboard/              the metrics as event files (event_files.py)
+compile_cache/            compiled programs, unless cluster.compile_cache names another folder (compile_cache.py)
+profiles/                 what was asked of a live run, and its answers (profiling.py)
 data/                     token cache, shards, manifest (unless data.dir says otherwise)
 finished.json             the end of a successful run
 """

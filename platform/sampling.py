@@ -31,6 +31,16 @@ def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: 
     prompts = [ids.tolist() for ids in model.encode(list(PROMPTS))]
     if spec.data.objective_at(int(state.step) * spec.train.batch_rows * spec.data.seq_len) != "next_token":
         prompts = [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in prompts]
+    with recorder.charged("sample"):
+        continuations = _drawn(spec, mesh, state, model, prompts)
+    recorder.event("sampled", step=int(state.step), samples=[list(p) for p in zip(PROMPTS, continuations, strict=True)])
+
+
+def _drawn(
+    spec: RunSpec, mesh: Mesh, state: step.TrainState, model: tokenizer.Tokenizer, prompts: list[list[int]]
+) -> list[str]:
+    """Returns the continuation of each prompt."""
+    vocabulary = model.vocabulary(spec.data.num_sentinels)
     drawn = sample.stream(
         state.params,
         spec.model,
@@ -41,5 +51,4 @@ def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: 
         seed=spec.seed,
         mesh=mesh,
     )
-    continuations = [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]
-    recorder.event("sampled", step=int(state.step), samples=[list(p) for p in zip(PROMPTS, continuations, strict=True)])
+    return [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]

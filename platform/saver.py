@@ -77,7 +77,7 @@ class Saver:
         Raises:
           NonFiniteState: it is none to go on from.
         """
-        self.wait()
+        self.finish()
         start_s = time.time()
         examined = checkpoint.examine(state)
         if examined.not_finite:
@@ -118,6 +118,12 @@ class Saver:
     def accept_committed(self) -> None:
         """Writes the acceptance of the save in progress, if it has been committed since."""
         if self._saving is not None and not self._checkpointer.is_saving():
+            with self._recorder.charged("save"):
+                self.wait()
+
+    def finish(self) -> None:
+        """Waits as `wait` does, and journals how long."""
+        with self._recorder.charged("save"):
             self.wait()
 
     def wait(self) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -48,6 +48,10 @@ class RunSpec(Section):
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     cluster: ClusterConfig
     budgets: BudgetsConfig = Field(default_factory=BudgetsConfig)
+    trackers: tuple[Literal["wandb"], ...] = Field(
+        default=(),
+        description="Who gets the curves besides TensorBoard's files: wandb, where it is installed and logged in.",
+    )
 
     @model_validator(mode="after")
     def _refuse_the_impossible(self) -> Self:

@@ -24,4 +24,6 @@ def with_absolute_paths(spec: RunSpec) -> RunSpec:
     paths = {key: absolute(getattr(spec, key)) for key in ("run_dir", "data_dir")}
     if spec.sample_corpus:
         paths["sample_corpus"] = absolute(spec.sample_corpus)
-    return spec.model_copy(update={**paths, "data": data})
+    cache = spec.cluster.compile_cache
+    cluster = spec.cluster.model_copy(update={"compile_cache": cache if cache in (None, "none") else absolute(cache)})
+    return spec.model_copy(update={**paths, "data": data, "cluster": cluster})

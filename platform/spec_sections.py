@@ -123,6 +123,12 @@ class ClusterConfig(Section):
         ge=2**20,
         description="Disk that shards of gs:// may take on each host; the least recently used are removed.",
     )
+    compile_cache: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder, local or gs://, of compiled programs, which runs may share; <run_dir>/compile_cache if not"
+        " given, none to do without. Who may write there decides what the workers execute.",
+    )
     object_store_bytes: int = Field(
         default=200_000_000,
         ge=80_000_000,

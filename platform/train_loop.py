@@ -26,13 +26,15 @@ from jax.sharding import Mesh
 
 from openmoe.model import checksum, sharding, step
 from openmoe.pipelines.loader import Loader
-from openmoe.platform import sampling
+from openmoe.platform import compile_cache, milestones, sampling
 from openmoe.platform.lineage import Claim, Position
 from openmoe.platform.prefetch import Prefetch
+from openmoe.platform.profiling import Responder
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.saver import Saver
 from openmoe.platform.spec import RunSpec
+from openmoe.platform.train_step import TrainStep
 
 BATCH_KEYS = checksum.KEYS
 
@@ -67,15 +69,17 @@ def train(
     mesh = sharding.make_mesh(**spec.mesh.model_dump())
     plan = (spec.model, spec.optimizer, mesh, spec.execution)
     loader = Loader(manifest_path, cache_bytes=spec.cluster.shard_cache_bytes)
-    with Recorder(run, claim, report, row_tokens=spec.data.seq_len) as recorder:
-        recorder.event(
-            "started", steps=spec.train.total_steps, mesh=dict(mesh.shape), data_id=loader.data_id, **fingerprint()
-        )
+    with (
+        Recorder(run, claim, report, row_tokens=spec.data.seq_len, trackers=spec.trackers) as recorder,
+        compile_cache.used(spec, recorder) as programs,
+    ):
+        recorder.event("started", **beginning(spec, mesh, loader))
         saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
         state, position = saver.restore(mesh)
-        state, train_step = step.arranged(*plan, state), step.make_train_step(*plan)
+        state = step.arranged(*plan, state)
+        train_step = TrainStep(step.make_train_step(*plan), recorder, programs)
 
-        with Batches(spec, mesh, loader, position, on_render) as coming:
+        with Responder(run, train_step), Batches(spec, mesh, loader, position, on_render) as coming:
             while position.step < spec.train.total_steps:
                 beat()
                 batch, data_metrics = coming.take(recorder, beat)
@@ -87,10 +91,11 @@ def train(
                     recorder.catch_up()
                     saver.save(step.plain(*plan, state), position)
                 saver.accept_committed()
-        saver.wait()
+        saver.finish()
         beat()
         state = step.plain(*plan, state)
         sampling.record_samples(spec, mesh, state, recorder)
+        programs.tell()
     return state
 
 
@@ -180,6 +185,12 @@ def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -
 
     layout = sharding.batch_sharding(mesh)
     return {key: jax.make_array_from_callback(shape, layout, functools.partial(block, key)) for key in BATCH_KEYS}
+
+
+def beginning(spec: RunSpec, mesh: Mesh, loader: Loader) -> dict[str, Any]:
+    """Returns what an incarnation says of itself when it starts."""
+    facts = {"steps": spec.train.total_steps, "mesh": dict(mesh.shape), "data_id": loader.data_id}
+    return {**facts, **fingerprint(), **milestones.times()}
 
 
 def fingerprint() -> dict[str, Any]:

@@ -38,7 +38,7 @@ def work(config: dict[str, Any]) -> None:
     gauges = StepGauges(spec, claim)
 
     def report(record: dict[str, Any]) -> None:
-        board.put.remote({key: record[key] for key in ("step", "loss", "step_s")})
+        board.put.remote({key: record[key] for key in ("step", "loss", "step_s", "time_s")})
         gauges.set(record)
 
     with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:

@@ -32,6 +32,7 @@ from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataError
+from openmoe.platform import milestones
 from openmoe.platform.run_dir import RunDirError
 from openmoe.platform.spec import ClusterConfig, RunSpec
 from openmoe.platform.verdict import Evidence, Failure, FailureKind
@@ -102,7 +103,7 @@ def _join(
     address: str, num_processes: int, process_id: int, config: JaxGroupConfig, environment: Mapping[str, str]
 ) -> None:
     os.environ.update(environment)  # over what the provider wrote there: slices may have been replaced since
-
+    milestones.passed("join_s")
     import jax
 
     jax.distributed.initialize(
@@ -115,6 +116,7 @@ def _join(
         shutdown_timeout_seconds=config.shutdown_timeout_s,
         initialization_timeout=config.init_timeout_s,
     )
+    milestones.passed("joined_s")
 
 
 def run_incarnation(

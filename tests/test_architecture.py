@@ -46,8 +46,8 @@ CONFIG_MODULES = (
 PURE = (
     "spec", "spec_sections", "spec_checks", "spec_source", "spec_yaml", "spec_errors", "spec_paths", "run_length",
     "cluster_fit", "lineage", "verdict", "job", "job_events", "placement", "cron", "attempt_end", "story", "ablation",
-    "ledger", "facts", "validate_memory", "plan", "plan_assumptions", "plan_choice", "plan_hardware", "plan_page",
-    "plan_program", "plan_time", "plan_work",
+    "goodput", "ledger", "facts", "validate_memory", "plan", "plan_assumptions", "plan_choice", "plan_hardware",
+    "plan_page", "plan_program", "plan_time", "plan_work",
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "restore", "checkpoints", "sampling", "prefetch",
@@ -55,7 +55,9 @@ FILES = (
     "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data",
     "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",
     "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
-    "dashboard.views", "dashboard.watch", "dashboard.summary", "ledger_data",
+    "dashboard.views", "dashboard.accounts", "dashboard.watch", "dashboard.summary", "ledger_data",
+    "milestones", "attempt_log", "goodput_records", "compile_cache", "train_step", "profiling",
+    "wandb_curves",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import storage
+from openmoe.platform.attempt_log import DriversReader
+from openmoe.platform.goodput import Driver
 from openmoe.platform.journal import JournalReader
 from openmoe.platform.lineage import Claim
 from openmoe.platform.run_dir import RunDir
 
-COLUMNS = ("step", "time_s", "step_s", "loss", "text_loss", "drop_fraction", "grad_norm")
+COLUMNS = ("step", "time_s", "step_s", "data_wait_s", "loss", "text_loss", "drop_fraction", "grad_norm")
 MAX_LOAD_COLUMNS = 400
 # Every process journals these alike; once a worker group is enough.
-OF_LEADER_ONLY = frozenset({"started", "restored", "save_started", "waits_for_data"})
+OF_LEADER_ONLY = frozenset({"started", "restored", "save_started", "waits_for_data", "charged", "compiled"})
 
 
 class StepColumns:
@@ -99,6 +101,7 @@ class RunFollower:
       steps: metric records by incarnation, undone ones included.
       load: expert load along the line of truth.
       events: of the journal, in time order, each with its incarnation and process.
+      drivers: what the driver of each attempt has marked.
       checkpoint: the newest "accepted" event, or None.
       finished: what finished.json says.
       problem: why reading does not go on, in one line; "" while it does.
@@ -120,10 +123,12 @@ class RunFollower:
         self.steps: dict[int, StepColumns] = {}
         self.load = LoadHistory()
         self.events: list[dict[str, Any]] = []
+        self.drivers: list[Driver] = []
         self.checkpoint: dict[str, Any] | None = None
         self.finished: dict[str, Any] | None = None
         self.problem = ""
         self.complete = False
+        self._marks = DriversReader(self.run)
         self._journal, self._metrics = JournalReader(self.run.at("journal")), JournalReader(self.run.at("metrics"))
         self._unread: Iterator[tuple[int, int, dict[str, Any]]] | None = None
 
@@ -159,6 +164,9 @@ class RunFollower:
             self.claims.append(claim)
             self.ends = line_ends(self.claims, self.starts)
             self.load.undo_after(accepted["step"])
+            self.version += 1
+        if (drivers := self._marks.read()) != self.drivers:
+            self.drivers = drivers
             self.version += 1
         data = storage.read_if_present(self.run.at("finished.json"))
         finished = json.loads(data) if data else None

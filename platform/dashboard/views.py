@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from openmoe.platform import spec_yaml, story
-from openmoe.platform.dashboard import curves, incidents
+from openmoe.platform.dashboard import accounts, curves, incidents
+from openmoe.platform.dashboard.accounts import Account
 from openmoe.platform.dashboard.follow import RunFollower
 from openmoe.platform.dashboard.incidents import Incarnation, Period, Stage
 from openmoe.platform.story import Sentence
@@ -84,6 +85,7 @@ class History:
       story: in words, oldest first; the newest MAX_SENTENCES of them.
       samples: (prompt, continuation) of the newest sampling.
       spec: the resolved run file.
+      account: where its time went; None before its first attempt.
       result: lines of the report of a finished run.
     """
 
@@ -94,6 +96,7 @@ class History:
     samples: tuple[tuple[str, str], ...]
     facts: tuple[tuple[str, str], ...]
     spec: str
+    account: Account | None
     result: tuple[str, ...] = ()
 
 
@@ -242,6 +245,7 @@ def history(run: RunFollower, of_jobs: Iterable[Sentence] = (), result: Iterable
         samples=tuple((str(prompt), str(text)) for prompt, text in sampled.get("samples", ())),
         facts=tuple(_facts(run)),
         spec=spec_yaml.dump(run.record["spec"]) if run.record else "",
+        account=accounts.account(run),
         result=tuple(line.strip() for line in result),
     )
 

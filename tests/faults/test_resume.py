@@ -36,6 +36,25 @@ def assert_proven(run):
     return found
 
 
+def assert_all_time_is_charged(run):
+    """What the death of a worker cost, as a user asks for it: a process of its own."""
+    command = [sys.executable, "-m", "openmoe.platform", "goodput", run.path, "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert sum(found["causes_ms"].values()) == found["wall_ms"]
+    assert "unrecorded" not in found["causes_ms"]
+    [attempt] = found["attempts"]
+    assert (attempt["incarnations"], attempt["outcome"]) == ([1, 2], "finished")
+    assert {"start", "build", "init", "compile", "step", "save", "end"} <= attempt["causes_ms"].keys()
+    started, restarted = found["resumes"]
+    assert started["attempt"]
+    assert not restarted["attempt"]
+    assert {"idle", "start", "init", "restore", "compile"} <= restarted["causes_ms"].keys()
+
+
+def compiled(run, *owner):
+    return [e for e in run.events() if e["event"] == "compiled" and (e["incarnation"], e["process"]) == owner]
+
+
 def ends(run):
     return [(e["cause"], e["decision"]["action"]) for e in run.events() if e["event"] == "ended"]
 
@@ -55,6 +74,13 @@ def test_a_killed_worker_is_replaced_by_the_driver_and_the_bits_are_the_same(los
     assert [c.incarnation for c in run.claims()] == [1, 2]
     assert_every_row_once(run)
     assert bits(run) == bits(undisturbed)
+    assert_all_time_is_charged(run)
+    for process in (0, 1):
+        before, after = compiled(run, 1, process)[:2]
+        assert (after["loaded"] - before["loaded"], after["programs"] - before["programs"]) == (0, 1)
+        before, after = compiled(run, 2, process)[:2]
+        assert (after["loaded"] - before["loaded"], after["programs"] - before["programs"]) == (1, 1)
+        assert after["refused"] == 0
 
 
 def test_a_killed_driver_all_killed_and_a_damaged_checkpoint_leave_the_same_bits_and_curves(

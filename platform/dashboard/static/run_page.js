@@ -4,6 +4,8 @@ import { ago, around, badge, color, compact, duration, el, minute, day, moment, 
 import { HeatMap, loadLegend } from "./heatmap.js";
 
 const SHOWN_INCARNATIONS = 8;
+// How a cause is drawn: what counts, what was lost, what was not held; the rest is work around the steps.
+const SPENT = { step: "counts", redone: "lost", idle: "lost", unrecorded: "lost", capacity: "free", absent: "free", stopped: "free" };
 
 export class RunPage {
   constructor(main) {
@@ -17,12 +19,13 @@ export class RunPage {
     this.loss.box.id = "loss";
     this.loss.box.querySelector("header").append(this.#axisSwitch());
     this.timeline = el("section", { id: "timeline" });
+    this.account = el("section", { id: "account" });
     this.load = el("section", { id: "load" });
     this.story = el("section", { id: "story" });
     this.samples = el("section", { id: "samples", hidden: true });
     this.facts = el("section", { id: "facts" });
     const small = el("section", { class: "bare columns" }, this.speed.box, this.drops.box, this.gradients.box);
-    main.replaceChildren(this.status, this.jobs, this.loss.box, small, this.timeline, this.load, this.story, this.samples, this.facts);
+    main.replaceChildren(this.status, this.jobs, this.loss.box, small, this.timeline, this.account, this.load, this.story, this.samples, this.facts);
     this.heatMaps = [];
     onThemeChange(() => this.snapshot && this.#showTimeline());
   }
@@ -129,6 +132,7 @@ export class RunPage {
 
   #showHistory() {
     this.#showTimeline();
+    this.#showAccount();
     const { story, story_left_out: leftOut, samples, facts, spec, result } = this.snapshot.history;
     const sentences = story.toReversed().map((s) =>
       el("li", {}, el("time", {}, moment(s.time_s)), el("span", { class: s.kind }, s.text), s.evidence.map((line) => el("span", { class: "note" }, line))),
@@ -154,6 +158,14 @@ export class RunPage {
     );
   }
 
+  #showAccount() {
+    const { account } = this.snapshot.history;
+    this.account.hidden = !account;
+    if (!account) return;
+    const figures = `${percent(account.of_held, 1)} of held capacity went into steps; a perfect controller: ${percent(account.of_held_perfect, 1)}`;
+    renew(this.account, el("header", {}, el("h2", {}, "Where did the time go?"), el("p", { class: "note" }, figures)), ...stacked(account.causes));
+  }
+
   #showTimeline() {
     const { history, figures } = this.snapshot;
     const incarnations = history.incarnations.map((view) => soFar(view, figures));
@@ -165,6 +177,17 @@ export class RunPage {
     };
     renew(this.timeline, heading, track(incarnations, figures), incarnationTable(incarnations, this.allShown, showAll));
   }
+}
+
+function stacked(causes) {
+  const all = causes.reduce((sum, [, ms]) => sum + ms, 0) || 1;
+  const parts = causes.map(([cause, ms, meaning]) => {
+    const part = el("i", { class: SPENT[cause] ?? "work", title: `${spoken(cause)}: ${duration(ms / 1000)}, ${percent(ms / all, 1)}. ${meaning}` });
+    part.style.width = percent(ms / all, 3);
+    return part;
+  });
+  const rows = causes.map(([cause, ms, meaning]) => el("tr", {}, el("td", {}, el("i", { class: SPENT[cause] ?? "work" }), spoken(cause)), el("td", { class: "num" }, duration(ms / 1000)), el("td", { class: "num" }, percent(ms / all, 1)), el("td", { class: "note hide-small" }, meaning)));
+  return [el("div", { class: "spent", "aria-hidden": "true" }, parts), el("details", { "data-key": "account" }, el("summary", { class: "note" }, "each cause"), el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, rows))))];
 }
 
 function headline(f) {

@@ -66,6 +66,8 @@ def test_a_run_is_drawn_as_its_records_say(begin, open_run):
     expect(rows.nth(1)).to_contain_text("no verdict")
     expect(page.locator("#story li").last).to_contain_text("incarnation 1 starts from scratch")
     expect(page.locator("#facts")).to_contain_text("4 x cpu, 2 processes")
+    expect(page.locator("#account")).to_contain_text("60.0% of held capacity went into steps")
+    expect(page.locator("#account .spent i")).to_have_count(4)
 
 
 def test_each_moe_layer_has_a_heat_map_with_a_row_an_expert_and_a_column_a_step(begin, open_run):

@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
+from openmoe.platform import goodput, goodput_records
 from openmoe.platform.cron import Schedule
 from openmoe.platform.dashboard import views
 from openmoe.platform.dashboard.follow import RunFollower
@@ -160,6 +161,15 @@ def test_the_history_tells_the_story_and_the_facts(written):
     assert dict(history.facts)["mesh"] == "data 1 x expert 4"
     assert "batch_rows: 4" in history.spec
     assert history.stages == (Stage(number=2, first_step=31, mixture="next_token: c4 25%, the_stack 75%"),)
+
+
+def test_the_account_is_that_of_the_command(written):
+    run = written().with_two_interruptions()
+    account = views.history(follow(run)).account
+    told = [(cause, ms) for cause, ms, _ in account.causes]
+    assert told == [("step", 60_000), ("redone", 30_000), ("end", 10_000), ("absent", 30_000)]
+    assert (account.of_held, account.of_held_perfect) == (0.6, 1.0)
+    assert goodput.fold(goodput_records.read(run.dir)).causes == dict(told)
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_none_and_the_snapshot_stays_json(written):

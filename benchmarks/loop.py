@@ -1,0 +1,184 @@
+"""The training loop beside the bare jitted step: waits for rows, saves, and all else that it does.
+
+    .venv/bin/python benchmarks/loop.py [--blocks N] [--steps N] [--no-resume] [--json FILE] [KEY=VALUE ...]
+
+The quickstart's model, data and loop in one process with one device, without Ray. Blocks of the real loop
+(`train_loop.train`, which goes on from its last checkpoint) and of the bare step take turns, so what else the machine
+does meets both; ratios are those of neighbouring blocks, and their median counts. The last step of a block waits for
+its save, as one that does not run beside training would. Then, with Ray, `benchmarks/resume.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+try:
+    installed = importlib.util.find_spec("openmoe.platform")
+except ModuleNotFoundError:
+    installed = None
+if installed is None:  # a clone that was not installed: its folders are the package's
+    package = types.ModuleType("openmoe")
+    package.__path__ = [str(Path(__file__).resolve().parents[1])]
+    sys.modules["openmoe"] = package
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+from openmoe.model import sharding, step
+from openmoe.pipelines import manifest as manifests
+from openmoe.pipelines import passes, sources, stdlib_corpus, token_cache, tokenizer
+from openmoe.pipelines.loader import Loader
+from openmoe.platform import journal, spec, train_loop
+from openmoe.platform.run_dir import RunDir
+from openmoe.platform.spec import RunSpec
+
+PREEMPTED_EVERY_S = 3 * 3600.0
+GOALS = {"data wait": 0.01, "loop overhead": 0.03, "checkpoint stall": 0.01}
+
+
+def build(folder: str, steps: int, overrides: list[str]) -> tuple[list[str], str]:
+    """Builds the quickstart's data without Ray; returns settings that name it, and its manifest."""
+    stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=400_000, max_code_bytes=400_000)
+    globs = ("wikipedia/*.jsonl", "c4/*.jsonl", "common_crawl/*/*.zst", "the_stack/data/*/*.parquet")
+    settings = [f"data.sources.{i}.paths=[{folder}/corpus/{glob}]" for i, glob in enumerate(globs)]
+    settings += [f"run_dir={folder}/run", f"data_dir={folder}/data", "train.sample_tokens=0"]
+    settings += ["mesh.expert=1", "cluster.num_workers=1", "cluster.devices_per_worker=1", *overrides]
+    config = spec.load("quickstart", settings).data
+    text = tokenizer.load(config.tokenizer)
+    units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}
+    receipts = {
+        name: [token_cache.tokenize(unit, text, f"{folder}/data/tokens") for unit in of_source]
+        for name, of_source in units.items()
+    }
+    every = [unit for of_source in units.values() for unit in of_source]
+    path = manifests.manifest_path(f"{folder}/data", config, text, every)
+    manifests.commit(manifests.assemble(path, config, text, receipts))
+    built = passes.Passes(manifests.load(path))
+    while wanted := passes.lacking(built, steps * 4):
+        for group in wanted:
+            passes.pack_group(built.manifest, *group)
+        built.refresh()
+    built.record()
+    return settings, path
+
+
+class Bare:
+    """The jitted step and nothing else: one batch, again and again, one step in flight."""
+
+    def __init__(self, loaded: RunSpec, manifest_path: str) -> None:
+        mesh = sharding.make_mesh(**loaded.mesh.model_dump())
+        plan = (loaded.model, loaded.optimizer, mesh, loaded.execution)
+        self._batch = train_loop.global_batch(loaded, mesh, Loader(manifest_path), first_row=0)
+        self._state = step.init_state(loaded.model, loaded.optimizer, loaded.seed, mesh)
+        self._state, self._step = step.arranged(*plan, self._state), step.make_train_step(*plan)
+        self.block(2)
+
+    def block(self, steps: int) -> float:
+        """Returns seconds a step."""
+        start_s, before = time.perf_counter(), None
+        for _ in range(steps):
+            self._state, metrics = self._step(self._state, self._batch)
+            jax.block_until_ready(before)
+            before = metrics
+        jax.block_until_ready(before)
+        return (time.perf_counter() - start_s) / steps
+
+
+def train_block(settings: list[str], manifest_path: str, steps: int, last: int) -> tuple[float, float]:
+    """Trains on to step `last`; returns seconds a step and seconds of waiting a step, without the block's first."""
+    loaded = spec.load("quickstart", [*settings, f"train.steps={last}", f"train.checkpoint_every_steps={steps // 2}"])
+    run = RunDir(loaded.run_dir)
+    run.create(loaded)
+    claim = run.claim()
+    train_loop.train(loaded, run, claim, manifest_path, lambda record: None)
+    records = [r for n, _, r in journal.read(run.at("metrics")) if n == claim.incarnation][1:]
+    saves = [e["stall_s"] for n, _, e in journal.read(run.at("journal")) if n == claim.incarnation and is_save(e)]
+    busy_s = sum(record["step_s"] for record in records) - sum(saves[:-1])  # the last one is after the last step
+    return busy_s / len(records), sum(record["data_wait_s"] for record in records) / len(records)
+
+
+def is_save(event: dict[str, Any]) -> bool:
+    return event["event"] == "save_started"
+
+
+def measure(folder: str, blocks: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    settings, manifest_path = build(folder, (blocks + 1) * steps, overrides)
+    bare = Bare(spec.load("quickstart", [*settings, f"train.steps={steps}"]), manifest_path)
+    overheads, waits, shown = [], [], []
+    for block in range(blocks + 1):
+        bare_s = bare.block(steps)
+        loop_s, wait_s = train_block(settings, manifest_path, steps, (block + 1) * steps)
+        if block:  # the first turn warms up
+            overheads.append(loop_s / bare_s - 1)
+            waits.append(wait_s / loop_s)
+            shown.append([bare_s, loop_s])
+        print(f"block {block} of {blocks}: bare {bare_s:.4f} s, loop {loop_s:.4f} s", file=sys.stderr, flush=True)
+    events = RunDir(f"{folder}/run").events()
+    stalls = [event["stall_s"] for event in events if is_save(event)][2:]
+    blocking = [event["seconds"] for event in events if event["event"] == "accepted" and event["step"] % steps == 0][1:]
+    stall_s = statistics.median(stalls)
+    cadence_s = math.sqrt(2 * stall_s * PREEMPTED_EVERY_S)  # Young's: what a save costs against what a death undoes
+    return {
+        "blocks_s": shown,
+        "loop overhead": statistics.median(overheads),
+        "loop overhead of each block": overheads,
+        "data wait": statistics.median(waits),
+        "save stall_s": stall_s,
+        "save blocking_s": statistics.median(blocking),
+        "cadence_s": cadence_s,
+        "checkpoint stall": stall_s / cadence_s,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    spread = ", ".join(f"{share:+.1%}" for share in found["loop overhead of each block"])
+    print(f"{'loop overhead':<18}{found['loop overhead']:8.2%}  over the bare jitted step; of each block: {spread}")
+    print(f"{'data wait':<18}{found['data wait']:8.2%}  of the time of steps")
+    stall_s, blocking_s = found["save stall_s"], found["save blocking_s"]
+    print(
+        f"{'save':<18}{stall_s:8.3f} s of stall; {blocking_s:.3f} s if it were waited for: {blocking_s / stall_s:.1f}x"
+    )
+    print(
+        f"{'checkpoint stall':<18}{found['checkpoint stall']:8.2%}  with a save every {found['cadence_s']:.0f} s, the"
+    )
+    print(f"{'':<28}best cadence (Young) at one preemption in {PREEMPTED_EVERY_S / 3600:g} h")
+    for name, goal in GOALS.items():
+        print(f"{'under' if found[name] < goal else 'OVER':<6}{goal:.0%}  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=16, help="of a block")
+    parser.add_argument("--no-resume", action="store_true", help="leave out what needs Ray")
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="that win over the quickstart's")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(f"{os.cpu_count()} CPUs, of which {load:.1f} processes wanted one when it began", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(folder, arguments.blocks, arguments.steps, arguments.settings)
+    show(found)
+    if not arguments.no_resume:
+        import resume
+
+        found["resume"] = resume.measure()
+        resume.show(found["resume"])
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

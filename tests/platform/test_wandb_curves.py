@@ -1,0 +1,112 @@
+"""W&B gets each step that counts once, under one id."""
+
+import importlib.util
+import struct
+import sys
+import time
+
+import pytest
+
+from openmoe.platform import journal, spec, wandb_curves
+from openmoe.platform.lineage import Acceptance
+from openmoe.platform.run_dir import RunDir, RunDirError
+from openmoe.platform.wandb_curves import Outbox, WandbCurves
+
+
+def record(step):
+    return {"step": step, "rows": [4 * step - 4, 4 * step], "step_s": 0.5, "time_s": 100.0 + step, "loss": 9 - step}
+
+
+def test_steps_wait_for_a_checkpoint_and_leave_once():
+    outbox = Outbox()
+    for step in (1, 2, 3):
+        outbox.put(record(step))
+    assert [r["step"] for r in outbox.accepted(2)] == [1, 2]
+    assert outbox.accepted(2) == []
+    outbox.put(record(4))
+    assert [r["step"] for r in outbox.accepted(9)] == [3, 4]
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunDir(f"{tmp_path}/run")
+    run.create(spec.load("quickstart", [f"run_dir={run.path}", "trackers=[wandb]"]))
+    return run
+
+
+def test_a_run_has_one_id_and_its_hash_does_not_know_of_trackers(run):
+    first = run.record()
+    assert wandb_curves.run_id(first) == wandb_curves.run_id(run.record())
+    assert wandb_curves.run_id(first) != wandb_curves.run_id(first | {"created_s": 1.0})
+    assert first["spec_hash"] == spec.spec_hash(spec.load("quickstart"))
+
+
+def test_a_worker_without_wandb_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunDirError, match=r"trackers: wandb is not installed on this worker; install openmoe\[wandb\]"):
+        WandbCurves(run, row_tokens=1)
+
+
+def records_of(data):
+    """The records of a W&B file: a LevelDB log behind 7 bytes, in blocks of 32 KiB."""
+    at, found = 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        found += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield found
+            found = b""
+
+
+def sent(folder, count):
+    """(run id, step, loss) of what offline runs hold, in the order of their folders; W&B is a bit late."""
+    deadline_s = time.monotonic() + 20
+    while len(found := list(_sent(folder))) < count:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.1)
+    return found
+
+
+def _sent(folder):
+    from wandb.proto import wandb_internal_pb2
+
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in records_of(path.read_bytes()):
+            row = wandb_internal_pb2.Record.FromString(data)
+            if row.WhichOneof("record_type") == "history":
+                values = {item.key or "/".join(item.nested_key): item.value_json for item in row.history.item}
+                step, loss = int(values["_step"]), float(values["loss/cross_entropy"])
+                yield path.stem.removeprefix("run-"), step, loss
+
+
+def test_a_real_wandb_offline_gets_the_steps_that_count_under_one_id(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is optional and not installed: `pip install wandb` to run its contract")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    first, claim = WandbCurves(run, row_tokens=512), run.claim()
+    metrics = journal.Journal(run.at("metrics"), incarnation=claim.incarnation, process=0)
+    first.begin(0)
+    for step in (1, 2, 3):
+        first.append(record(step))
+        metrics.append(record(step))
+    metrics.flush()
+    run.accept(Acceptance(
+        number=1, incarnation=1, step=2, next_row=8, checkpoint="", digest="", ledger_head="", data_id="",
+    ))  # fmt: skip
+    first.accepted(2)
+    first.close()
+    name = wandb_curves.run_id(run.record())
+    assert sent(tmp_path, 2) == [(name, 1, 8.0), (name, 2, 7.0)]
+    run.claim()
+    second = WandbCurves(run, row_tokens=512)
+    second.begin(2)
+    second.append(record(3))
+    second.accepted(3)
+    second.close()
+    # A new folder offline, which knows of no other: all that counts, and syncing it adds step 3.
+    assert sent(tmp_path, 5)[2:] == [(name, 1, 8.0), (name, 2, 7.0), (name, 3, 6.0)]
