@@ -21,6 +21,7 @@ from openmoe.platform import (
     cli_plan,
     cli_profile,
     cli_render,
+    cli_replay,
     cli_schedule,
     tables,
 )
@@ -120,6 +121,7 @@ app.command()(cli_generate.generate)
 app.command()(cli_goodput.goodput)
 app.command()(cli_profile.profile)
 app.command()(cli_plan.plan)
+app.command()(cli_replay.replay)
 
 
 @app.command()

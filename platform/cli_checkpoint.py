@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openmoe.platform import tables
+from openmoe.platform import cli_replay, tables
 
 if TYPE_CHECKING:
     from openmoe.platform.checkpoints import Compared, Listed
     from openmoe.platform.lineage import Acceptance
     from openmoe.platform.run_dir import RunDir
+    from openmoe.platform.spec import RunSpec
 
 app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 
@@ -60,6 +61,12 @@ def verify(
     step: Annotated[
         int | None, typer.Option(metavar="N", help="Only that of step N; default all that can be restored.")
     ] = None,
+    loss: Annotated[
+        bool, typer.Option("--loss", help="Take the next step from each too: is its loss the one on record?")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With --loss: where the data is now; default as in the run file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read checkpoints back, array by array, and compare every bit with what was accepted.
@@ -67,24 +74,47 @@ def verify(
     Exit code 1: one is damaged, and the first array in which it is, is named. Nothing is changed; training that meets
     a damaged checkpoint quarantines it and goes on from the one before.
     """
-    _on_the_host()
-    from openmoe.platform import checkpoints, progress
     from openmoe.platform.run_dir import RunDir
 
     run = RunDir(run_dir)
     spec = run.spec()
-    results = {}
+    if loss:
+        cli_replay.prepare(run)
+    else:
+        _on_the_host()
+    from openmoe.platform import checkpoints, progress
+
+    results, losses = {}, {}
     with progress.ProgressReport() as show:
         for accepted in _chosen(run, step):
             name = f"step {accepted.step:,}"
             results[accepted.step] = checkpoints.damage(
                 run, spec, accepted, lambda done, of, name=name: show(name, done, of, "arrays")
             )
+            if loss and not results[accepted.step]:
+                losses[accepted.step] = _loss(run, spec, accepted, data)
     if as_json:
-        print(json.dumps([{"step": at, "whole": not reason, "damage": reason} for at, reason in results.items()]))
+        found = [{"step": at, "whole": not reason, "damage": reason} for at, reason in results.items()]
+        print(json.dumps([one | ({"loss": losses.get(one["step"], "")} if loss else {}) for one in found], indent=2))
     for at, reason in () if as_json else results.items():
         print(f"step {at:,}: {f'DAMAGED: {reason}' if reason else 'WHOLE: every bit is the one that was accepted'}")
-    raise typer.Exit(1 if any(results.values()) else 0)
+        if at in losses:
+            print(f"  loss of the next step's rows: {losses[at]}")
+    wrong = [*filter(None, results.values()), *(found for found in losses.values() if found not in _LOSS_IS_FINE)]
+    raise typer.Exit(1 if wrong else 0)
+
+
+_LOSS_IS_FINE = ("as recorded", "not on record")
+
+
+def _loss(run: "RunDir", spec: "RunSpec", accepted: "Acceptance", data: str | None) -> str:
+    """Returns whether the step after a checkpoint has the loss on record, computed once more from it."""
+    from openmoe.platform import replay
+
+    if accepted.step + 1 not in replay.recorded_steps(run):
+        return "not on record"
+    found = replay.replay(run, spec, accepted.step + 1, data_dir=data, start=accepted)
+    return str(found.difference or "as recorded")
 
 
 def _chosen(run: "RunDir", step: int | None) -> "list[Acceptance]":

@@ -15,6 +15,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -190,7 +191,7 @@ def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -
 def beginning(spec: RunSpec, mesh: Mesh, loader: Loader) -> dict[str, Any]:
     """Returns what an incarnation says of itself when it starts."""
     facts = {"steps": spec.train.total_steps, "mesh": dict(mesh.shape), "data_id": loader.data_id}
-    return {**facts, **fingerprint(), **milestones.times()}
+    return {**facts, "execution": asdict(spec.execution), **fingerprint(), **milestones.times()}
 
 
 def fingerprint() -> dict[str, Any]:

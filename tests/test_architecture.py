@@ -51,7 +51,7 @@ PURE = (
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "restore", "checkpoints", "sampling", "prefetch",
-    "train_loop", "report",
+    "train_loop", "report", "replay",
     "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data",
     "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",
     "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
