@@ -115,7 +115,8 @@ def is_save(event: dict[str, Any]) -> bool:
 
 def measure(folder: str, blocks: int, steps: int, overrides: list[str]) -> dict[str, Any]:
     settings, manifest_path = build(folder, (blocks + 1) * steps, overrides)
-    bare = Bare(spec.load("quickstart", [*settings, f"train.steps={steps}"]), manifest_path)
+    loaded = spec.load("quickstart", [*settings, f"train.steps={steps}", "train.checkpoint_every_steps=1"])
+    bare = Bare(loaded, manifest_path)
     overheads, waits, shown = [], [], []
     for block in range(blocks + 1):
         bare_s = bare.block(steps)

@@ -41,13 +41,3 @@ def test_the_data_benchmark_measures_every_objective_and_packing_and_says_which_
     for peer in ("t5", "datatrove", "datasets"):
         is_there = importlib.util.find_spec(peer) is not None
         assert any(line.startswith(peer) and line.endswith("not installed") for line in lines) != is_there
-
-
-def test_the_loop_benchmark_measures_the_real_loop_beside_the_bare_step():
-    small = ("model.num_layers=2", "model.d_model=32", "model.d_ff=32", "model.head_dim=8", "model.group_size=128")
-    flags = ("--blocks", "1", "--steps", "4", "--no-resume", *small, "data.seq_len=128")
-    lines = run("loop.py", *flags, JAX_NUM_CPU_DEVICES="1").splitlines()
-    assert [line[:16].strip() for line in lines[1:5]] == ["loop overhead", "data wait", "save", "checkpoint stall"]
-    assert [line.split("%")[1].strip() for line in lines if line.startswith(("under ", "OVER "))] == [
-        *("data wait", "loop overhead", "checkpoint stall")
-    ]
