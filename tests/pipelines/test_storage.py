@@ -100,6 +100,7 @@ def test_folders_are_listed_without_the_files_beside_them_and_what_is_deeper(fol
 def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside_it(folder):
     for name in ("4/digest", "4/params/0", "40/digest"):
         storage.write_durable(storage.join(folder, *name.split("/")), b"bits")
+    assert storage.folder_bytes(storage.join(folder, "4")) == 8
     for _ in range(2):
         storage.remove_folder(storage.join(folder, "4"))
         assert storage.list_folders(folder) == ["40"]
