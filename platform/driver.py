@@ -19,7 +19,7 @@ from typing import Any
 
 from openmoe.clusters.provider import Instance
 from openmoe.pipelines.config import DataError
-from openmoe.platform import build_ahead, ray_session, report, run_length, spec_paths, validate
+from openmoe.platform import build_ahead, cadence, ray_session, report, run_length, spec_paths, validate
 from openmoe.platform.attempt_log import AttemptLog
 from openmoe.platform.journal import DRIVER, Journal
 from openmoe.platform.lineage import Claim
@@ -179,11 +179,15 @@ class Attempt:
 
         board = boards.start()
         watch = hosts.Watch(self._spec.cluster.num_workers, self._instances)
+        seen = cadence.seen_in(self._run.events())
+        if self._spec.train.checkpoint_every_steps == "auto":
+            self._show.say(f"saves {cadence.solve(seen, self._spec.cluster.expected_interruption_s)}")
         config = {
             "spec": self._spec.model_dump_json(),
             "claim": asdict(claim),
             "manifest": self._manifest_path,
             "board": board,
+            "seen": seen,
         }
         name = f"{self._spec.name}-{claim.incarnation:06d}"
         ended: Future[Evidence | None] = Future()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,10 @@ from jax.sharding import Mesh
 from openmoe.model import checkpoint, interop, step
 from openmoe.pipelines import storage
 from openmoe.platform import lineage, restore
+from openmoe.platform.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.lineage import Acceptance, Claim, Position
+from openmoe.platform.notice import Notice
+from openmoe.platform.pace import Pace
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.spec import RunSpec
@@ -31,9 +34,19 @@ class Superseded(RuntimeError):
 class Saver:
     """The checkpoints of one incarnation, in a folder of its own."""
 
-    def __init__(self, spec: RunSpec, run: RunDir, claim: Claim, recorder: Recorder, *, data_id: str) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        run: RunDir,
+        claim: Claim,
+        recorder: Recorder,
+        *,
+        data_id: str,
+        seen: Seen = NOTHING_SEEN,
+    ) -> None:
         self._spec, self._run, self._claim, self._recorder = spec, run, claim, recorder
         self._data_id, self._record = data_id, run.record()
+        self._pace = Pace(spec, seen, recorder)
         self._folder = f"checkpoints/{claim.incarnation:06d}"
         self._checkpointer = checkpoint.Checkpointer(run.at(self._folder))
         self._saving: tuple[Acceptance, float] | None = None
@@ -53,6 +66,7 @@ class Saver:
         if accepted is None:
             state = step.init_state(spec.model, spec.optimizer, spec.seed, mesh)
             self._recorder.begin(Position(), "", 0)
+            self._pace.begin(0)
             return state, Position()
         if accepted.data_id != self._data_id:
             raise RunDirError(
@@ -63,13 +77,36 @@ class Saver:
         state, facts = restore.restored(self._run, accepted, template)
         position = Position(accepted.step, accepted.next_row)
         self._recorder.begin(position, accepted.ledger_head, facts.get("loss_tokens"))
+        self._pace.begin(position.step)
         self._recorder.event("restored", step=position.step, accepted=accepted.number, seconds=time.time() - start_s)
         return state, position
 
-    def is_due(self, step_number: int) -> bool:
-        """Returns whether to save after this step: every checkpoint_every_steps, and after the last."""
-        every = self._spec.train.checkpoint_every_steps
-        return step_number % every == 0 or step_number == self._spec.train.total_steps
+    def after_step(self, position: Position, notice: Notice, plain: Callable[[], step.TrainState]) -> None:
+        """Saves where the cadence or a notice asks for it, and accepts what has been committed.
+
+        Args:
+          position: after the step, the same in all processes.
+          notice: what this process may have heard.
+          plain: returns the state in its plain form.
+        """
+        noticed, due = notice.reached(position.step), self._pace.is_due(position.step)
+        if noticed or due:
+            self._recorder.catch_up()
+            if (noticed and self._fits(notice, position)) or due:
+                self.save(plain(), position)
+        if noticed:
+            self.wait()
+        self.accept_committed()
+
+    def _fits(self, notice: Notice, position: Position) -> bool:
+        """Returns whether a save is done before the machines go; all processes ask at once, and agree."""
+        save_s = self._pace.seen.save_s or 0.0
+        left_s = max(0.0, self._saving[1] + save_s - time.time()) if self._saving else 0.0
+        answer = notice.answer(left_s + save_s)
+        if jax.process_index() == 0:
+            self._recorder.event("notice", step=position.step, **answer._asdict())
+            self._recorder.flush()
+        return answer.saves
 
     def save(self, state: step.TrainState, position: Position) -> None:
         """Starts an asynchronous save of a state in its plain form; `accept_committed` notices its end.
@@ -97,8 +134,10 @@ class Saver:
         with _full_disk_named(self._run.at(acceptance.checkpoint)):
             self._checkpointer.save(position.step, state, self._facts(acceptance) | {"sums": examined.sums})
         self._saving = (acceptance, start_s)
-        self._recorder.event("save_started", step=position.step, stall_s=time.time() - start_s)
+        stall_s = time.time() - start_s
+        self._recorder.event("save_started", step=position.step, stall_s=stall_s)
         self._recorder.flush()
+        self._pace.saved(position.step, stall_s)
 
     def _facts(self, acceptance: Acceptance) -> dict[str, Any]:
         """Returns what lies inside a checkpoint, besides its arrays; with the spec it says what it is, wherever it is.
@@ -142,9 +181,9 @@ class Saver:
             raise Superseded(f"incarnation {self._claim.incarnation} is no longer the newest")
         if jax.process_index() == 0:
             acceptance = self._run.accept(replace(acceptance, time_s=time.time()))
-            self._recorder.event(
-                "accepted", step=acceptance.step, number=acceptance.number, seconds=time.time() - start_s
-            )
+            seconds = time.time() - start_s
+            self._recorder.event("accepted", step=acceptance.step, number=acceptance.number, seconds=seconds)
+            self._pace.accepted(seconds)
             self._recorder.flush()
             self._prune(acceptance)
 

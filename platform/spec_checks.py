@@ -65,11 +65,9 @@ def _holds_whole_groups(model: ModelConfig, *, rows: int, seq_len: int, shares: 
 
 
 def _lengths(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
-    if train.steps is not None and train.checkpoint_every_steps > train.steps:
-        yield Problem(
-            "train.checkpoint_every_steps",
-            f"must be <= train.steps={train.steps}, got {train.checkpoint_every_steps}",
-        )
+    every = train.checkpoint_every_steps
+    if train.steps is not None and every != "auto" and every > train.steps:
+        yield Problem("train.checkpoint_every_steps", f"must be <= train.steps={train.steps}, got {every}")
     if train.sample_tokens >= data.seq_len:
         yield Problem("train.sample_tokens", f"must be < data.seq_len={data.seq_len}, got {train.sample_tokens}")
 

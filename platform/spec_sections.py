@@ -1,17 +1,29 @@
 """The sections of a run file that belong to the platform; model and data have theirs in their own packages."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from openmoe.clusters import tpu
 from openmoe.platform.lineage import Retention
+from openmoe.platform.spec_errors import show
 
 
 class Section(BaseModel):
     """Part of a run file: frozen, of exact types, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+def _steps_or_auto(value: object) -> object:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise ValueError(f"must be auto, or an integer >= 1, got {show(value)}")
+
+
+# One validator, since a union of pydantic's would say of each bad value twice what is wrong with it.
+_SCHEMA = Annotated[int, Field(ge=1)] | Literal["auto"]
+StepsOrAuto = Annotated[int | Literal["auto"], PlainValidator(_steps_or_auto, json_schema_input_type=_SCHEMA)]
 
 
 class TrainConfig(Section):
@@ -29,7 +41,10 @@ class TrainConfig(Section):
         ge=1,
         description="Equal parts of a step: losses and routing groups are formed in each, gradients summed.",
     )
-    checkpoint_every_steps: int = Field(ge=1, description="Steps between checkpoints; the last step saves too.")
+    checkpoint_every_steps: StepsOrAuto = Field(
+        description="Steps between checkpoints, or auto: solved from what saves cost and how often the run is "
+        "interrupted. The last step saves too.",
+    )
     keep_checkpoints: int = Field(default=3, ge=1, description="Newest checkpoints kept.")
     keep_every_steps: int | None = Field(
         default=None, ge=1, description="The first checkpoint at or after each multiple of it is kept for ever."
@@ -112,11 +127,18 @@ class ClusterConfig(Section):
     data_task_memory_bytes: int | None = Field(
         default=None, ge=1, description="Memory that Ray reserves for each task of data work, which takes one CPU."
     )
-    heartbeat_timeout_s: int = Field(default=30, ge=5, description="Silence after which a peer is dead.")
+    # JAX may take a second more; the group of a dead or frozen peer ends within 30 s.
+    heartbeat_timeout_s: int = Field(default=25, ge=5, description="Silence after which a peer is dead.")
     shutdown_timeout_s: int = Field(default=20, ge=1, description="Wait for the peers when a worker ends.")
     init_timeout_s: int = Field(default=120, ge=10, description="Wait for all workers to join the group.")
     step_timeout_s: float = Field(
         default=1800.0, gt=0, description="A worker without a step for so long is stuck; compiling counts too."
+    )
+    expected_interruption_s: float = Field(
+        default=3 * 3600.0,
+        gt=0,
+        description="How long machines stay, on average, before the run has seen it; what checkpoint_every_steps: auto "
+        "begins with.",
     )
     shard_cache_bytes: int = Field(
         default=16 * 2**30,

@@ -178,8 +178,16 @@ def _incarnation(
     safe = max([start, *(event["step"] for event in accepted)])
     next_start = records.starts[following.incarnation] if following else safe
     for event in events:
+        if event["event"] == "notice":
+            yield Sentence(time_s=event["time_s"], kind="checkpoint", text=_noticed(event))
         if event["event"] == "ended":
             yield _incarnation_ended(event, records.reached.get(n), next_start)
+
+
+def _noticed(event: Mapping[str, Any]) -> str:
+    does = "saves" if event["saves"] else "does not save"
+    takes = f"a save takes {event['save_s']:.0f} s" if event["save_s"] else "no save was measured yet"
+    return f"notice at step {event['step']:,}: {does}: {max(0, event['grace_s']):.0f} s are left, {takes}"
 
 
 def _accepted(steps: Sequence[int]) -> str:

@@ -28,7 +28,9 @@ from jax.sharding import Mesh
 from openmoe.model import checksum, sharding, step
 from openmoe.pipelines.loader import Loader
 from openmoe.platform import compile_cache, milestones, sampling
+from openmoe.platform.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.lineage import Claim, Position
+from openmoe.platform.notice import Notice
 from openmoe.platform.prefetch import Prefetch
 from openmoe.platform.profiling import Responder
 from openmoe.platform.recorder import Recorder
@@ -48,6 +50,8 @@ def train(
     report: Callable[[dict[str, Any]], None],
     beat: Callable[[], None] = lambda: None,
     on_render: Callable[[], object] = lambda: None,
+    seen: Seen = NOTHING_SEEN,
+    announced: Callable[[], float | None] = lambda: None,
 ) -> step.TrainState:
     """Trains one incarnation, from the acceptance that its claim names to the last step.
 
@@ -59,6 +63,8 @@ def train(
       report: called by process 0 with the record of each step, for those who watch.
       beat: called by every process at each step, and for each group of rows it has to render: it is not stuck.
       on_render: called by every process for each of these groups.
+      seen: what earlier incarnations have shown, the same in all processes.
+      announced: returns the Unix time at which machines of the group will be taken away, if that is known (`Notice`).
 
     Returns:
       The final train state in its plain form, sharded over the mesh.
@@ -73,9 +79,10 @@ def train(
     with (
         Recorder(run, claim, report, row_tokens=spec.data.seq_len, trackers=spec.trackers) as recorder,
         compile_cache.used(spec, recorder) as programs,
+        Notice(announced, seen.save_s or 0.0) as notice,
     ):
         recorder.event("started", **beginning(spec, mesh, loader))
-        saver = Saver(spec, run, claim, recorder, data_id=loader.data_id)
+        saver = Saver(spec, run, claim, recorder, data_id=loader.data_id, seen=seen)
         state, position = saver.restore(mesh)
         state = step.arranged(*plan, state)
         train_step = TrainStep(step.make_train_step(*plan), recorder, programs)
@@ -88,10 +95,7 @@ def train(
                 position = position.after(rows=spec.train.batch_rows)
                 # Waits for the step before this one, which stays in flight.
                 recorder.record(position, {**metrics, **data_metrics})
-                if saver.is_due(position.step):
-                    recorder.catch_up()
-                    saver.save(step.plain(*plan, state), position)
-                saver.accept_committed()
+                saver.after_step(position, notice, functools.partial(step.plain, *plan, state))
         saver.finish()
         beat()
         state = step.plain(*plan, state)

@@ -14,7 +14,7 @@ from openmoe.pipelines import storage
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import Mixture, Stage, one_stage
 from openmoe.pipelines.passes import Passes
-from openmoe.platform import data_summary, run_length
+from openmoe.platform import cadence, data_summary, run_length
 from openmoe.platform.facts import Fact, Section, count, short
 from openmoe.platform.spec import RunSpec
 
@@ -49,16 +49,25 @@ def length(spec: RunSpec, epoch_rows: int | None) -> tuple[Fact, ...]:
     steps = run_length.steps_of(train, epoch_rows or 0)
     tokens = steps * train.batch_rows * spec.data.seq_len
     flops = tokens * counts.flops_per_token(spec.model, seq_len=spec.data.seq_len)
-    every = f"every {train.checkpoint_every_steps} steps, {train.keep_checkpoints} kept"
-    every += f", one every {train.keep_every_steps} for ever" if train.keep_every_steps else ""
-    every += f", and the {train.keep_best} of the lowest {train.best_metric}" if train.keep_best else ""
     return (
         count("steps", steps),
         *([_epochs(spec, steps, epoch_rows)] if epoch_rows else ()),
         count("total_tokens", tokens),
         Fact("total_flops", float(flops), f"{flops:.3g}"),
-        count("checkpoints", math.ceil(steps / train.checkpoint_every_steps), every),
+        _checkpoints(spec, steps),
     )
+
+
+def _checkpoints(spec: RunSpec, steps: int) -> Fact:
+    train = spec.train
+    kept = f"{train.keep_checkpoints} kept"
+    kept += f", one every {train.keep_every_steps} for ever" if train.keep_every_steps else ""
+    kept += f", and the {train.keep_best} of the lowest {train.best_metric}" if train.keep_best else ""
+    every = train.checkpoint_every_steps
+    if every == "auto":
+        solved = cadence.solve(cadence.NOTHING_SEEN, spec.cluster.expected_interruption_s)
+        return Fact("checkpoints", None, "auto", f"{solved}, {kept}")
+    return count("checkpoints", math.ceil(steps / every), f"every {every} steps, {kept}")
 
 
 def _epochs(spec: RunSpec, steps: int, epoch_rows: int) -> Fact:

@@ -25,11 +25,11 @@ def work(config: dict[str, Any]) -> None:
 
     Args:
       config: "spec" (JSON of the RunSpec), "claim" (fields of the Claim), "manifest" (path), "board" (handle of a
-        Board).
+        Board), "seen" (what the run has shown before).
     """
     import jax
 
-    from openmoe.platform import train_loop
+    from openmoe.platform import train_loop, worker_group
 
     board, rank = config["board"], jax.process_index()
     board.place.remote(rank, ray.get_runtime_context().get_node_id())
@@ -41,8 +41,12 @@ def work(config: dict[str, Any]) -> None:
         board.put.remote({key: record[key] for key in ("step", "loss", "step_s", "time_s")})
         gauges.set(record)
 
+    announced = worker_group.announced_end_s
     with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
-        train_loop.train(spec, run, claim, config["manifest"], report, watchdog.beat, board.rendered.remote)
+        rendered = board.rendered.remote
+        train_loop.train(
+            spec, run, claim, config["manifest"], report, watchdog.beat, rendered, config["seen"], announced
+        )
 
 
 def watched(board: Any, rank: int, timeout_s: float) -> Watchdog:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import (
@@ -37,6 +39,8 @@ from openmoe.platform.run_dir import RunDirError
 from openmoe.platform.spec import ClusterConfig, RunSpec
 from openmoe.platform.verdict import Evidence, Failure, FailureKind
 
+UNKNOWN_GRACE_S = 30.0  # of a drain without a deadline
+
 
 @dataclass
 class JaxGroupConfig(JaxConfig):
@@ -50,7 +54,7 @@ class JaxGroupConfig(JaxConfig):
       num_gpus: of each worker, all that Ray lets it see; 0 for other devices.
     """
 
-    heartbeat_timeout_s: int = 30
+    heartbeat_timeout_s: int = 25
     shutdown_timeout_s: int = 20
     init_timeout_s: int = 120
     num_slices: int = 1
@@ -192,6 +196,17 @@ def _in_group(
         jax.distributed.shutdown()
 
     return run
+
+
+def announced_end_s() -> float | None:
+    """Returns the Unix time at which machines of this worker's group will be taken away; None while none is announced.
+
+    A barrier: it returns when all workers of the group have called it as often.
+    """
+    announced = ray.train.get_preemption_info()
+    if announced is None:
+        return None
+    return announced.deadline_ms / 1000 if announced.deadline_ms else time.time() + UNKNOWN_GRACE_S
 
 
 def scaling_config(cluster: ClusterConfig) -> ScalingConfig:

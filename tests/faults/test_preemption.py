@@ -4,12 +4,14 @@ The tests of this file are the chapters of that one run, in order. Each brings i
 until the run trains again, and claims what was said about the cause. The last ones compare the whole.
 """
 
+import http.server
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -52,6 +54,19 @@ def wait_for(what, condition, timeout_s=400.0):
         assert time.monotonic() < deadline_s, f"not within {timeout_s:.0f} s: {what}"
         time.sleep(0.1)
     return answer
+
+
+class Preempted(http.server.BaseHTTPRequestHandler):
+    """The metadata server of a host that is being taken away."""
+
+    def do_GET(self):
+        value = b"TRUE" if "/instance/preempted?" in self.path else b"NONE"
+        time.sleep(0.2)
+        self.send_response(200)
+        self.send_header("ETag", "1")
+        self.send_header("Content-Length", str(len(value)))
+        self.end_headers()
+        self.wfile.write(value)
 
 
 class Story:
@@ -133,6 +148,25 @@ class Story:
 
         return wait_for(f"verdict on incarnation {incarnation}", ended)
 
+    def answer(self, incarnation):
+        """What the processes of an incarnation made of a notice; None if they have made nothing of any."""
+        events = (e for e in self.run.events() if e["event"] == "notice" and e["incarnation"] == incarnation)
+        return next(events, None)
+
+    def resumes_at(self, incarnation):
+        [claim] = [claim for claim in self.run.claims() if claim.incarnation == incarnation]
+        return self.run.step_of(claim.resumes)
+
+    def start_agent(self, slice_name, grace_s):
+        """The host agent of a host, beside a metadata server which says that the host goes."""
+        metadata = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Preempted)
+        threading.Thread(target=metadata.serve_forever, daemon=True).start()
+        environment = self.twin.environment() | {"TMPDIR": str(self.twin.home)}
+        command = [sys.executable, "-m", "openmoe.platform", "host-agent", "--slice", slice_name]
+        command += ["--address", environment["RAY_ADDRESS"], "--grace", str(grace_s)]
+        command += ["--metadata", f"http://127.0.0.1:{metadata.server_port}/computeMetadata/v1"]
+        return subprocess.Popen(command, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+
     def end(self):
         for repair in self.repairs:  # it holds the cluster's lock
             repair.kill()
@@ -170,18 +204,40 @@ def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_
     assert f"{taken}-0 " in str(verdict["evidence"])
     assert "the provider's record says PREEMPTED" in str(verdict["evidence"])
     assert verdict["decision"]["action"] == "retry"
+    assert story.answer(1) is None
     assert wait_for("the other slice", lambda: story.incarnation() > 1 and story.slice()) != taken
     story.repair()
     story.wait_until_it_trains(after=1)
 
 
-def test_a_slice_taken_with_notice_is_a_preemption_announced_by_ray(story):
+def test_a_slice_taken_with_30_s_of_notice_is_a_preemption_announced_by_ray_and_all_is_saved_before_it_goes(story):
     before, taken = story.incarnation(), story.slice()
-    story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 20)
-    verdict = story.verdict(before)
+    story.openmoe("cluster", "preempt", story.twin.name, taken, "--grace", 30)
+    verdict, answer = story.verdict(before), story.answer(before)
     assert verdict["cause"] == "preemption", verdict
     assert verdict["evidence"][0] == "Ray announced the preemption of ranks 0, 1"
+    assert answer["saves"] is True, answer
+    assert 0 < answer["save_s"] < answer["grace_s"] < 30
     assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != taken
+    assert story.resumes_at(before + 1) >= answer["step"]
+    story.repair()
+    story.wait_until_it_trains(after=before)
+    assert story.job()["spent"] == {}
+
+
+def test_of_10_s_of_notice_that_the_host_s_agent_hears_it_saves_if_that_fits(story):
+    before, taken = story.incarnation(), story.slice()
+    agent = story.start_agent(taken, grace_s=10)
+    answer = wait_for("the notice is answered", lambda: story.answer(before))
+    assert answer["grace_s"] < 10
+    assert answer["saves"] is (0 < answer["save_s"] <= answer["grace_s"]), answer
+    assert agent.wait(timeout=60) == 0
+    story.openmoe("cluster", "preempt", story.twin.name, taken)
+    verdict = story.verdict(before)
+    assert verdict["cause"] == "preemption", verdict
+    assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != taken
+    if answer["saves"]:
+        assert story.resumes_at(before + 1) >= answer["step"]
     story.repair()
     story.wait_until_it_trains(after=before)
     assert story.job()["spent"] == {}
@@ -194,7 +250,7 @@ def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is
     assert verdict["cause"] == "host_fault", verdict
     assert f"{broken}-1" in verdict["reason"]
     assert "the provider's record says RUNNING" in str(verdict["evidence"])
-    assert verdict["decision"]["reason"].startswith("host_fault 1 of 10: ")  # two preemptions have spent none of it
+    assert verdict["decision"]["reason"].startswith("host_fault 1 of 10: ")  # three preemptions have spent none of it
     # What still lives of the slice is drained, so that Ray does not reserve its head again.
     wait_for("the rest of the slice goes", lambda: not story.twin.processes(f"{broken}-0", "raylet/raylet"))
     assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != broken
@@ -250,7 +306,7 @@ def test_the_run_is_cancelled_and_ends_where_it_is_told_to_and_its_story_names_e
     for word in ("preemption", "host_fault", "cluster_lost"):
         assert word in told.replace(" ", "_"), told
     causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
-    assert causes == ["preemption", "preemption", "host_fault", "host_fault", "operator"]
+    assert causes == ["preemption", "preemption", "preemption", "host_fault", "host_fault", "operator"]
 
     story.job_id = story.submit(f"train.steps={story.run.newest_accepted().step + 5}")
     wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded")

@@ -184,6 +184,29 @@ def test_the_end_of_the_newest_incarnation_goes_on_from_what_it_saved(event, rea
     assert told[-1].text.endswith(text)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (
+            {"saves": True, "grace_s": 26.4, "save_s": 2.6},
+            "notice at step 43: saves: 26 s are left, a save takes 3 s",
+        ),
+        (
+            {"saves": False, "grace_s": 4.0, "save_s": 12.0},
+            "notice at step 43: does not save: 4 s are left, a save takes 12 s",
+        ),
+        (
+            {"saves": True, "grace_s": 9.0, "save_s": 0.0},
+            "notice at step 43: saves: 9 s are left, no save was measured yet",
+        ),
+    ],
+)
+def test_a_notice_is_told_with_what_was_made_of_it(answer, text):
+    events = [{"event": "notice", "incarnation": 1, "time_s": 19.0, "step": 43, **answer}]
+    told = story.of_run(RunRecords(claims=CLAIMS[:1], starts={1: 0}, events=events))
+    assert told[-1].text == text
+
+
 @pytest.fixture
 def utc(monkeypatch):
     monkeypatch.setenv("TZ", "UTC")

@@ -14,7 +14,8 @@ from openmoe.model import checksum
 from openmoe.pipelines import build, stdlib_corpus, storage
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import cli, journal, ledger, ledger_data, report, spec
+from openmoe.platform import cadence, cli, journal, ledger, ledger_data, report, spec
+from openmoe.platform.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.ledger_data import Comparison
 from openmoe.platform.lineage import Position
 from openmoe.platform.recorder import NonFiniteLoss
@@ -51,11 +52,11 @@ def train(data, tmp_path):
 
     overrides, manifest = data
 
-    def run(name, *more, report=lambda record: None):
+    def run(name, *more, report=lambda record: None, seen=NOTHING_SEEN):
         loaded = spec.load("quickstart", [*SMALL, *overrides, f"run_dir={tmp_path}/{name}", *more])
         run_dir = RunDir(loaded.run_dir)
         run_dir.create(loaded)
-        train_loop.train(loaded, run_dir, run_dir.claim(), manifest.path, report)
+        train_loop.train(loaded, run_dir, run_dir.claim(), manifest.path, report, seen=seen)
         return run_dir
 
     return run
@@ -129,6 +130,18 @@ def test_every_record_up_to_a_checkpoint_is_durable_before_it_is_accepted(train,
     train("a")
     for step, *kept in recorded:
         assert [steps[:step] for steps in kept] == [list(range(1, step + 1))] * 2
+
+
+def test_a_solved_cadence_saves_where_it_says_and_changes_no_bit(train):
+    expected = Seen(interruptions=10**9, stalls_s=(1.0,), step_s=1.0)  # so often that every step is saved
+    solved = train("solved", "train.steps=3", "train.checkpoint_every_steps=auto", seen=expected)
+    assert [a.step for a in solved.acceptances()] == [1, 2, 3]
+    [said] = [e for e in solved.events() if e["event"] == "cadence"]
+    assert (said["step"], said["every_steps"]) == (0, 1)
+    assert bits(solved) == bits(train("fixed", "train.steps=3"))
+    found = cadence.seen_in(solved.events())
+    assert (found.interruptions, len(found.stalls_s), len(found.saves_s)) == (0, 3, 3)
+    assert 0 < found.step_s < found.trained_s
 
 
 def test_only_the_newest_checkpoints_are_kept(train, tmp_path):

@@ -29,6 +29,14 @@ def test_the_quickstart_is_explained():
     assert quickstart["devices", "legal_devices"] == [1, 2, 4]
 
 
+def test_a_solved_cadence_is_explained():
+    sections = validate.explain(spec.load("quickstart", ["train.checkpoint_every_steps=auto"]))
+    [section] = [section for section in sections if section.title == "step"]
+    [fact] = [fact for fact in section.facts if fact.key == "checkpoints"]
+    said = "every 20 steps until a save is measured (one interruption per 3 h expected), 3 kept"
+    assert (fact.value, fact.text, fact.note) == (None, "auto", said)
+
+
 def test_the_8b_run_is_explained():
     large = facts("openmoe_8b")
     assert large["model", "parameters"] == 11_855_046_656
