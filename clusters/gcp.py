@@ -13,8 +13,10 @@ from openmoe.clusters.versions import Versions
 
 REQUIREMENTS = "requirements.lock"
 TOKEN = "~/.ray/auth_token"
+HOST_AGENT = "platform/host_agent.py"  # beside requirements.lock; it needs Ray alone
 # Receipts and metrics pass through it, never token data; Ray would take 30% of a host's memory.
 OBJECT_STORE_BYTES = 2_000_000_000
+_AGENT = "~/host_agent.py"
 _ENVIRONMENT = "~/openmoe-env"
 _UV = "~/.local/bin/uv"
 _INSTALL = f"{_UV} pip install --quiet --python {_ENVIRONMENT}/bin/python"
@@ -43,7 +45,7 @@ def render(spec: ClusterSpec, versions: Versions) -> dict[str, Any]:
         "auth": {"ssh_user": "ubuntu"},
         "head_node_type": "head",
         "available_node_types": {"head": _head(spec), f"{spec.accelerator}-{spec.topology}": _slice(spec)},
-        "file_mounts": {TOKEN: TOKEN, f"~/{REQUIREMENTS}": REQUIREMENTS},
+        "file_mounts": {TOKEN: TOKEN, f"~/{REQUIREMENTS}": REQUIREMENTS, _AGENT: HOST_AGENT},
         "setup_commands": [*_packages(versions), *spec.setup],
         "head_setup_commands": [],  # Ray's default installs an old google-api-python-client over the locked one
         "worker_setup_commands": [f"{_INSTALL} 'jax[tpu]=={versions.jax}'"],
@@ -53,7 +55,11 @@ def render(spec: ClusterSpec, versions: Versions) -> dict[str, Any]:
             # Version 2, the default, takes one node of the launcher for one node of Ray; a slice is several.
             environment={"RAY_enable_autoscaler_v2": "0", **JOB_STOP},
         ),
-        "worker_start_ray_commands": _start("--address=$RAY_HEAD_IP:6379", cpus=spec.host_cpus),
+        "worker_start_ray_commands": [
+            *_start("--address=$RAY_HEAD_IP:6379", cpus=spec.host_cpus),
+            # One that runs already goes on, and ends this one.
+            f"{_prefix({})}setsid nohup python {_AGENT} >> ~/host_agent.log 2>&1 < /dev/null &",
+        ],
     }
 
 
@@ -74,7 +80,7 @@ def notes(spec: ClusterSpec, versions: Versions, file: str) -> list[str]:
         "Accepted by this version's own checks of cluster files. No cloud was reached when it was tested: no machine",
         "has been started from it yet.",
         "",
-        f"Next, in a folder that has OpenMoE's {REQUIREMENTS}:",
+        f"Next, in a folder that has OpenMoE's {REQUIREMENTS} and {HOST_AGENT}:",
         "  gcloud auth application-default login",
         f"  ray get-auth-token --generate > /dev/null   # once: {TOKEN}, which goes to the hosts",
         "  export RAY_AUTH_MODE=token",
@@ -87,9 +93,9 @@ def notes(spec: ClusterSpec, versions: Versions, file: str) -> list[str]:
         f"  ray down {file}",
         "",
         "What Ray does not do for slices of several hosts:",
-        "- It hears no notice of a preemption: it has no watcher of the metadata server. The hosts just die; Ray sees",
-        "  that within a minute, and OpenMoE goes on from the newest checkpoint once a whole slice is there again. It",
-        "  counts as a host fault: give the run file as large a budgets.host_fault as you expect preemptions.",
+        f"- It hears no notice of a preemption. {HOST_AGENT}, which runs beside Ray on each host and writes to",
+        "  ~/host_agent.log, watches the metadata server for it and drains the slice: the run saves if that fits, and",
+        "  goes on from there once a whole slice is there again. Hosts that die without notice are host faults.",
         "- It asks for a new slice (min_workers) but never deletes the preempted one, which keeps its name and quota:",
         f"    gcloud compute tpus tpu-vm list {zone} --filter=state=PREEMPTED",
         f"    gcloud compute tpus tpu-vm delete NAME {zone}",
@@ -143,9 +149,13 @@ def _packages(versions: Versions) -> list[str]:
 
 
 def _start(options: str, *, cpus: int, environment: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    prefix = _prefix(environment)
+    start = f"ray start {options} --num-cpus={cpus} --object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
+    return [f"{prefix}ray stop", f"{prefix}ulimit -n 65536; {start}"]
+
+
+def _prefix(environment: Mapping[str, str]) -> str:
     # Said again here: a host that comes back runs these commands alone, and Ray's own prefix would win otherwise.
     settings = {"RAY_AUTH_MODE": "token", "RAY_raylet_start_wait_time_s": "180", **environment}
     variables = " ".join(f"{name}={value}" for name, value in settings.items())
-    prefix = f'export PATH="$HOME/openmoe-env/bin:$PATH" {variables}; '
-    start = f"ray start {options} --num-cpus={cpus} --object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
-    return [f"{prefix}ray stop", f"{prefix}ulimit -n 65536; {start}"]
+    return f'export PATH="$HOME/openmoe-env/bin:$PATH" {variables}; '

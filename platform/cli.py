@@ -113,6 +113,20 @@ def train(
     raise typer.Exit(driver.train(loaded, read_instances, attempt, attempt_log.process_began_s()))
 
 
+@app.command("host-agent")
+def watch_host(
+    address: Annotated[str, typer.Option(help="Ray cluster; auto: the one that this host is in.")] = "auto",
+    slice_name: Annotated[str, typer.Option("--slice", help="Slice to drain; default: this host's.")] = "",
+    metadata: Annotated[str | None, typer.Option(metavar="URL", help="Metadata server; default Google's.")] = None,
+    grace: Annotated[float, typer.Option(metavar="S", help="Seconds that a preemption leaves.")] = 30.0,
+    maintenance_grace: Annotated[float, typer.Option(metavar="S", help="Seconds that a maintenance leaves.")] = 3600.0,
+) -> None:
+    """Watch for the preemption of this host of Google Cloud; drain its slice then."""
+    from openmoe.platform import host_agent
+
+    host_agent.run(address, slice_name, metadata or host_agent.METADATA_URL, grace, maintenance_grace)
+
+
 app.command()(cli_jobs.up)
 app.command()(cli_jobs.submit)
 app.command()(cli_convert.convert)

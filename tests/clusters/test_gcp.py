@@ -9,6 +9,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import time
 from importlib import resources
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -209,11 +211,32 @@ def test_the_launcher_reads_the_files_to_ship(tmp_path, monkeypatch):
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("secret")
     (tmp_path / "requirements.lock").write_text("ray==2.60.0")
+    (tmp_path / "platform").mkdir()
+    (tmp_path / gcp.HOST_AGENT).write_text("print('watches')")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     before = hash_runtime_conf(gcp.render(SPEC, VERSIONS)["file_mounts"], None, {}, True)
     (tmp_path / "requirements.lock").write_text("ray==2.60.1")
     assert hash_runtime_conf(gcp.render(SPEC, VERSIONS)["file_mounts"], None, {}, True) != before
+
+
+def test_each_host_of_a_slice_gets_the_agent_and_starts_it_in_the_background(tmp_path):
+    config = gcp.render(SPEC, VERSIONS)
+    assert (ROOT / config["file_mounts"]["~/host_agent.py"]).is_file()
+    assert not any("host_agent" in command for command in config["head_start_ray_commands"])
+    (tmp_path / "openmoe-env" / "bin").mkdir(parents=True)
+    (tmp_path / "openmoe-env" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "host_agent.py").write_text(
+        "import os, time; print(os.environ['RAY_AUTH_MODE'], flush=True); time.sleep(3)"
+    )
+    command = config["worker_start_ray_commands"][-1]
+    began_s = time.monotonic()
+    subprocess.run(["bash", "-c", command], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]}, check=True)
+    assert time.monotonic() - began_s < 3
+    while not (log := tmp_path / "host_agent.log").exists() or not log.read_text():
+        assert time.monotonic() - began_s < 30
+        time.sleep(0.05)
+    assert log.read_text() == "token\n"
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
@@ -223,7 +246,7 @@ def test_start_commands_win_over_rays_own_environment(tmp_path, commands):
     fake.mkdir(parents=True)
     (fake / "ray").write_text('#!/bin/sh\necho "$1 v2=$RAY_enable_autoscaler_v2 auth=$RAY_AUTH_MODE $*"\n')
     (fake / "ray").chmod(0o755)
-    stop, start = with_envs(
+    stop, start, *_ = with_envs(
         gcp.render(SPEC, VERSIONS)[commands], {"RAY_enable_autoscaler_v2": "1", "RAY_HEAD_IP": "10.0.0.2"}
     )
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}

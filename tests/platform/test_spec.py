@@ -232,7 +232,7 @@ NUM_FIELDS = {
     spec.RunSpec: 14,
     spec_sections.TrainConfig: 10,
     spec_sections.MeshConfig: 4,
-    spec_sections.ClusterConfig: 16,
+    spec_sections.ClusterConfig: 17,
     spec_sections.BudgetsConfig: 8,
     ModelConfig: 34,
     ExecutionConfig: 4,
