@@ -25,6 +25,7 @@ from openmoe.model.transformer import Transformer
 
 Batch = dict[str, Array]  # input_ids, target_ids, segment_ids, positions int32; loss_weights float32
 Metrics = dict[str, Array]
+KEPT = 8  # compiled functions of each kind: whoever trains the same again, as ablations and tests do, compiles it once
 
 
 class TrainState(NamedTuple):
@@ -40,11 +41,17 @@ def init_state(
 ) -> TrainState:
     """Draws the parameters where they will live; the same numbers on any mesh, stacked or not."""
     layout = _layout(config, optimizer_config, mesh)
-    roles = parameters.roles_of(declarations(config, mesh))
     params = parameters.draw(declarations(config, mesh), layout.params, seed)
-    opt_state = jax.jit(optimizer.adafactor(optimizer_config, roles).init, out_shardings=layout.opt_state)(params)
+    opt_state = _init_optimizer(config, optimizer_config, mesh)(params)
     state = TrainState(jax.device_put(jnp.int32(0), layout.step), params, opt_state)
     return arranged(config, optimizer_config, mesh, execution, state)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _init_optimizer(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> Callable[[Any], Any]:
+    roles = parameters.roles_of(declarations(config, mesh))
+    layout = _layout(config, optimizer_config, mesh).opt_state
+    return jax.jit(optimizer.adafactor(optimizer_config, roles).init, out_shardings=layout)
 
 
 def state_shapes(
@@ -73,9 +80,15 @@ def arranged(
     """Returns the state as `make_train_step` wants it, a copy if checkpoints hold it in another form."""
     if not execution.scan_blocks:
         return state
+    return _stack(config, optimizer_config, mesh, execution)(state)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _stack(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig
+) -> Callable[[TrainState], TrainState]:
     layout = _layout(config, optimizer_config, mesh, execution)
-    stack = functools.partial(_over_blocks, functools.partial(stacking.stack, config))
-    return jax.jit(stack, out_shardings=layout)(state)
+    return jax.jit(functools.partial(_over_blocks, functools.partial(stacking.stack, config)), out_shardings=layout)
 
 
 def plain(
@@ -84,8 +97,13 @@ def plain(
     """Returns the state as checkpoints hold it; undoes `arranged`."""
     if not execution.scan_blocks:
         return state
-    unstack = functools.partial(_over_blocks, functools.partial(stacking.unstack, config))
-    return jax.jit(unstack, out_shardings=_layout(config, optimizer_config, mesh))(state)
+    return _unstack(config, optimizer_config, mesh)(state)
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _unstack(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> Callable[[TrainState], TrainState]:
+    layout = _layout(config, optimizer_config, mesh)
+    return jax.jit(functools.partial(_over_blocks, functools.partial(stacking.unstack, config)), out_shardings=layout)
 
 
 def _over_blocks(change: Callable[[Any], Any], state: TrainState) -> TrainState:
@@ -93,6 +111,7 @@ def _over_blocks(change: Callable[[Any], Any], state: TrainState) -> TrainState:
     return TrainState(state.step, change(state.params), opt_state)
 
 
+@functools.lru_cache(maxsize=KEPT)
 def _layout(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
 ) -> TrainState:
@@ -107,6 +126,7 @@ def declarations(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.eval_shape(init, jax.random.key(0), ids, ids, ids)["params"]
 
 
+@functools.lru_cache(maxsize=KEPT)
 def make_train_step(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
