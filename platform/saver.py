@@ -78,6 +78,7 @@ class Saver:
         position = Position(accepted.step, accepted.next_row)
         self._recorder.begin(position, accepted.ledger_head, facts.get("loss_tokens"))
         self._pace.begin(position.step)
+        self._recorder.newest = dict(accepted.metrics)
         self._recorder.event("restored", step=position.step, accepted=accepted.number, seconds=time.time() - start_s)
         return state, position
 
