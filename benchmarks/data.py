@@ -12,6 +12,7 @@ are, the rows of `packing: reference` are first compared with what they make of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -248,8 +249,12 @@ def building(corpus: Corpus, repeats: int) -> list[Rate]:
 
 def _ray_cpu_s() -> float:
     """Seconds of CPU that this process and Ray's workers, all alive, have used; none of Ray's own processes."""
-    workers = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
-    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in workers)
+    total_s = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that has ended since
+            if child.name().startswith("ray::"):
+                total_s += sum(child.cpu_times()[:2])
+    return total_s
 
 
 def _ranges(num_rows: int) -> list[tuple[int, int]]:
