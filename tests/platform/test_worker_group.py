@@ -228,7 +228,7 @@ def test_a_board_that_is_gone_answers_nothing_and_ends_no_run(ray_local):
 
     board = boards.start()
     board.put.remote({"step": 3})
-    assert boards.ask(board.take.remote(), None) == {"step": 3}
+    assert boards.ask(board.take.remote(), None) == {"step": 3, "rendered_groups": 0}
     ray_local.kill(board)
     assert boards.ask(board.take.remote(), None) is None
     assert boards.ask(board.placements.remote(), {0: "node"}) == {0: "node"}
