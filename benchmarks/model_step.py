@@ -43,9 +43,10 @@ if installed is None:  # a clone that was not installed: its folders are the pac
     sys.modules["openmoe"] = package
 
 from openmoe.model import losses, moe, sharding, step
-from openmoe.model.config import PRESETS, ModelConfig, OptimizerConfig
+from openmoe.model.config import PRESETS, ModelConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
-OPTIMIZER = OptimizerConfig()
+OPTIMIZER = AdafactorConfig()
 KINDS = ("ours", "one-hot", "dropless", "dense, equal FLOPs", "dense, same width", "head alone")
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the platform's CPU workers have them
 PRODUCTS = 3  # of each forward product, two more in the backward pass

@@ -27,6 +27,7 @@ from openmoe.model.interop import CheckpointError, Report, each_once
 from openmoe.model.step import TrainState
 
 _PART_NUMBERS = 2**20  # that `sum_of` takes at a time
+_PARAMS = "params/"  # what the names of parameters begin with in a checkpoint
 
 
 class Checkpointer:
@@ -180,10 +181,28 @@ def stored(path: str, template: TrainState) -> Any:
     Raises:
       CheckpointError: there is no such checkpoint, or it is of another model (UnknownArray, MissingArray, WrongShape).
     """
-    found = stored_leaves(path)
-    wanted = {"/".join(_keys(at)): like for at, like in jax.tree.leaves_with_path(template)}
-    each_once(path, found, wanted, "choose the model and optimizer settings it was written with")
+    found, wanted = stored_leaves(path), _by_name(template)
+    remedy = "choose the model and optimizer settings it was written with"
+    if wanted.keys() != found.keys() and _parameters(found).keys() == _parameters(wanted).keys():
+        remedy = "choose the optimizer it was trained with, or take the parameters alone (hf has no place for others)"
+    each_once(path, found, wanted, remedy)
     return jax.tree.map_with_path(lambda at, like: found["/".join(_keys(at))], template)
+
+
+def stored_parameters(path: str, template: Any) -> Any:
+    """As `stored`, of the parameters alone, whatever optimizer they were trained with.
+
+    Args:
+      path: of one step, local or gs://.
+      template: the parameters' tree, of what has a shape.
+    """
+    wanted = {f"{_PARAMS}{name}": like for name, like in _by_name(template).items()}
+    found = each_once(path, _parameters(stored_leaves(path)), wanted, "choose the model it was written with")
+    return jax.tree.map_with_path(lambda at, like: found[f"{_PARAMS}{'/'.join(_keys(at))}"], template)
+
+
+def _parameters(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: array for name, array in arrays.items() if name.startswith(_PARAMS)}
 
 
 def stored_leaves(path: str) -> dict[str, StoredLeaf]:
@@ -195,6 +214,10 @@ def stored_leaves(path: str) -> dict[str, StoredLeaf]:
         raise CheckpointError(f"{path}: no checkpoint of Orbax; give the path of one step, such as DIR/1000") from error
     leaves = [(_keys(at), like.shape) for at, like in jax.tree.leaves_with_path(tree)]
     return {"/".join(keys): StoredLeaf(folder, keys, shape) for keys, shape in leaves}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {"/".join(_keys(at)): leaf for at, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _absolute(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Settings of the model and its optimizer, and the published models as presets. Imports nothing heavy.
+"""Settings of the model and of how a step is carried out, and the published models as presets. Imports nothing heavy.
 
 Numbers of the presets: the gin files of XueFuzhao/t5x and XueFuzhao/flaxformer behind the released models.
 """
@@ -228,43 +228,6 @@ class ExecutionConfig:
 
 
 PLAIN = ExecutionConfig()
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adafactor as T5X runs it: no momentum, no weight decay, updates relative to each parameter's size.
-
-    Attributes:
-      name: the optimizer; there is one.
-      learning_rate: multiplies the schedule 1 / sqrt(max(step, warmup_steps)), steps counted from 0.
-      warmup_steps: the rate is constant until this step and falls with the inverse square root after it.
-      decay_rate: exponent of the second moments' decay, 1 - (step + 1) ** -decay_rate.
-      clipping_threshold: largest root mean square of an update before the learning rate.
-      min_dim_size_to_factor: a matrix is factored when both its sides are at least this; experts always are.
-      epsilon_grad: added to squared gradients.
-      epsilon_param: least root mean square of a parameter that scales its updates.
-    """
-
-    __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
-
-    name: Literal["adafactor"] = "adafactor"
-    learning_rate: float = 1.0
-    warmup_steps: int = 10_000
-    decay_rate: float = 0.8
-    clipping_threshold: float = 1.0
-    min_dim_size_to_factor: int = 128
-    epsilon_grad: float = 1e-30
-    epsilon_param: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if self.name != "adafactor":
-            raise ValueError(f"name: must be adafactor, got {self.name!r}")
-        for name in ("learning_rate", "decay_rate", "clipping_threshold", "epsilon_grad", "epsilon_param"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}: must be finite and above 0, got {getattr(self, name)}")
-        for name in ("warmup_steps", "min_dim_size_to_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
 
 # The published models speak umT5: 256,000 pieces and 300 sentinels, padded to a multiple of 128.

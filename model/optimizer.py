@@ -1,140 +1,143 @@
-"""Adafactor (arXiv:1804.04235) exactly as T5X runs it, as an optax transformation.
+"""The optimizers, as one transformation of gradients over one form of state.
 
-It differs from `optax.adafactor` in that every expert is a parameter of its own: factored whatever its size, and
-scaled and clipped by its own root mean square. So is every layer where the layers of all blocks are stacked.
+Each of them is a rule for a single parameter: `adafactor`, `adamw`, `muon`. What they share is here: the schedule, the
+clipping of gradients, weight decay, and groups of parameters with rates of their own.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from openmoe.model.config import OptimizerConfig
+from openmoe.model import adafactor, adamw, muon, schedule
+from openmoe.model.optimizer_config import AdafactorConfig, OptimizerConfig
+from openmoe.model.parameters import num_stacked
 
-Moments = dict[str, Array]  # {"v": as the parameter}, or factored {"v_row", "v_col"}: means over the other side
 
-
-class AdafactorState(NamedTuple):
-    """Running means of the squared gradients.
+class OptimizerState(NamedTuple):
+    """What an optimizer remembers.
 
     Attributes:
       count: int32[], updates so far.
-      moments: the parameters' tree with Moments, float32, in place of arrays.
+      moments: the parameters' tree with {name: float32 array} in place of arrays: a rule's means over past gradients,
+        of all of a parameter's axes or of some.
     """
 
     count: Array
     moments: Any
 
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """Returns the schedule learning_rate / sqrt(max(step, warmup_steps)), steps counted from 0."""
-    return lambda step: config.learning_rate * jax.lax.rsqrt(jnp.maximum(step, config.warmup_steps).astype(jnp.float32))
+_RULES: dict[str, Any] = {"adafactor": adafactor, "adamw": adamw, "muon": muon}
 
 
-def adafactor(config: OptimizerConfig, roles: Any) -> optax.GradientTransformation:
+class Rule(NamedTuple):
+    """What an optimizer does with one parameter. Experts, and layers that are stacked, are parameters of their own."""
+
+    # (roles of its axes, its shape) -> which of its axes each moment keeps
+    kept_axes: Callable[[PartitionSpec, tuple[int, ...]], dict[str, list[int]]]
+    # (roles, updates so far, learning rate, gradient, moments, parameter) -> (what to add to it, next moments)
+    update: Callable[..., tuple[Array, dict[str, Array]]]
+
+
+class Treatment(NamedTuple):
+    """What a parameter has of its own; of layers that are stacked a number each, float32[blocks]."""
+
+    rate_factor: Any
+    weight_decay: Any
+
+
+def make(config: OptimizerConfig, roles: Any, treatments: Any) -> optax.GradientTransformation:
     """Returns the optimizer.
 
     Args:
       config: its settings.
       roles: the parameters' tree with a PartitionSpec of axis roles in place of arrays; a leading role "expert"
         makes each slice along it a parameter of its own, and so does "block".
+      treatments: the same tree with a Treatment in place of arrays (`treatments_of`).
     """
-    schedule = learning_rate(config)
+    rule, rate_of = _rule(config), schedule.learning_rate(config)
 
-    def init(params: Any) -> AdafactorState:
-        moments = _over_parameters(functools.partial(_initial_moments, config), roles, params)
-        return AdafactorState(jnp.zeros((), jnp.int32), moments)
+    def init(params: Any) -> OptimizerState:
+        def zeros(spec: PartitionSpec, param: Array) -> dict[str, Array]:
+            kept = rule.kept_axes(spec, param.shape)
+            return {name: jnp.zeros([param.shape[axis] for axis in axes], jnp.float32) for name, axes in kept.items()}
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
-        decay = 1 - (state.count.astype(jnp.float32) + 1) ** -config.decay_rate
-        moments = _over_parameters(functools.partial(_next_moments, config, decay), roles, updates, state.moments)
-        step_size = functools.partial(_update, config, jnp.asarray(schedule(state.count)))
-        additions = _over_parameters(step_size, roles, updates, moments, params)
-        return additions, AdafactorState(state.count + 1, moments)
+        return OptimizerState(jnp.zeros((), jnp.int32), _over_parameters(zeros, roles, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, OptimizerState]:
+        if config.max_grad_norm is not None:
+            updates, _ = optax.clip_by_global_norm(config.max_grad_norm).update(updates, optax.EmptyState())
+        one = functools.partial(_update, rule, state.count, jnp.asarray(rate_of(state.count)))
+        both = _over_parameters(one, roles, treatments, updates, state.moments, params)
+        additions, moments = (_over_parameters(lambda _, of_one, i=i: of_one[i], roles, both) for i in range(2))
+        return additions, OptimizerState(state.count + 1, moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def state_roles(config: OptimizerConfig, roles: Any, params: Any) -> AdafactorState:
+def state_roles(config: OptimizerConfig, roles: Any, params: Any) -> OptimizerState:
     """Returns the axis roles of the optimizer's state, for parameters (or their shapes) of the given roles."""
 
     def moment_roles(spec: PartitionSpec, param: Array) -> dict[str, PartitionSpec]:
-        kept = _kept_axes(config, spec, param.shape)
+        kept = _rule(config).kept_axes(spec, param.shape)
         return {name: PartitionSpec(*(spec[axis] for axis in axes)) for name, axes in kept.items()}
 
-    return AdafactorState._make((PartitionSpec(), _over_parameters(moment_roles, roles, params)))
+    return OptimizerState._make((PartitionSpec(), _over_parameters(moment_roles, roles, params)))
 
 
-def _initial_moments(config: OptimizerConfig, spec: PartitionSpec, param: Array) -> Moments:
-    kept = _kept_axes(config, spec, param.shape)
-    return {name: jnp.zeros([param.shape[axis] for axis in axes], jnp.float32) for name, axes in kept.items()}
+def treatments_of(config: OptimizerConfig, roles: Any) -> Any:
+    """Returns a tree of Treatment for parameters under their own names, which are not stacked."""
+    usual_decay = 0.0 if isinstance(config, AdafactorConfig) else config.weight_decay
+
+    def of_one(path: Any, spec: PartitionSpec) -> Treatment:
+        name = "/".join(key.key for key in path)
+        is_matrix = len(spec) - num_stacked(spec) >= 2
+        decay = usual_decay if is_matrix else 0.0
+        for group in config.groups:
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in group.match):
+                return Treatment(
+                    group.learning_rate_factor, decay if group.weight_decay is None else group.weight_decay
+                )
+        return Treatment(1.0, decay)
+
+    return jax.tree.map_with_path(of_one, roles, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
-def _next_moments(config: OptimizerConfig, decay: Array, spec: PartitionSpec, grad: Array, moments: Moments) -> Moments:
-    """Mixes in the squared gradient; factored ones keep its mean over the column, and over the row."""
-    square = jnp.square(grad) + config.epsilon_grad
-    if (sides := _factored_sides(config, spec, grad.shape)) is None:
-        return {"v": decay * moments["v"] + (1 - decay) * square}
-    row, col = sides
-    return {
-        "v_row": decay * moments["v_row"] + (1 - decay) * jnp.mean(square, axis=col),
-        "v_col": decay * moments["v_col"] + (1 - decay) * jnp.mean(square, axis=row),
-    }
+def _rule(config: OptimizerConfig) -> Rule:
+    module = _RULES[config.name]
+    return Rule(functools.partial(module.kept_axes, config), functools.partial(module.update, config))
 
 
 def _update(
-    config: OptimizerConfig, rate: Array, spec: PartitionSpec, grad: Array, moments: Moments, param: Array
-) -> Array:
-    """Returns what to add to the parameter: the scaled gradient, clipped, times its own size."""
-    own_axes = tuple(range(_num_stacked(spec), grad.ndim))
-    if (sides := _factored_sides(config, spec, grad.shape)) is None:
-        scaled = grad * jax.lax.rsqrt(moments["v"])
-    else:
-        row, col = sides
-        v_row = jnp.expand_dims(moments["v_row"], col)
-        v_col = jnp.expand_dims(moments["v_col"], row)
-        scaled = grad * jax.lax.rsqrt(v_row / jnp.mean(v_row, axis=row, keepdims=True)) * jax.lax.rsqrt(v_col)
-    clipped = scaled / jnp.maximum(1.0, _rms(scaled, own_axes) / config.clipping_threshold)
-    return -rate * jnp.maximum(_rms(param, own_axes), config.epsilon_param) * clipped
+    rule: Rule,
+    count: Array,
+    rate: Array,
+    spec: PartitionSpec,
+    treatment: Treatment,
+    grad: Array,
+    moments: dict[str, Array],
+    param: Array,
+) -> tuple[Array, dict[str, Array]]:
+    factor, decay = (_along_blocks(value, param.ndim) for value in treatment)
+    if np.any(factor != 1):
+        rate = rate * factor
+    addition, moments = rule.update(spec, count, rate, grad, moments, param)
+    return addition - rate * decay * param if np.any(decay) else addition, moments
 
 
-def _kept_axes(config: OptimizerConfig, spec: PartitionSpec, shape: tuple[int, ...]) -> dict[str, list[int]]:
-    """Returns the moments that a parameter has, with those of its axes that each of them keeps."""
-    axes = range(len(shape))
-    if (sides := _factored_sides(config, spec, shape)) is None:
-        return {"v": list(axes)}
-    row, col = sides
-    return {"v_row": [axis for axis in axes if axis != col], "v_col": [axis for axis in axes if axis != row]}
-
-
-def _factored_sides(config: OptimizerConfig, spec: PartitionSpec, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns the (row, column) axes of a factored parameter, named as T5X does.
-
-    The row of an expert's kernel is its `embed` axis, that of another matrix its shorter side.
-    """
-    num_stacked = _num_stacked(spec)
-    if "expert" in spec[:num_stacked]:
-        return spec.index("embed"), next(axis for axis, role in enumerate(spec) if role in ("mlp", "two_mlp"))
-    own = shape[num_stacked:]
-    if len(own) < 2 or min(own) < config.min_dim_size_to_factor:
-        return None
-    row, col = (0, 1) if own[0] <= own[1] else (1, 0)
-    return num_stacked + row, num_stacked + col
-
-
-def _num_stacked(spec: PartitionSpec) -> int:
-    """Returns the number of leading axes along which parameters are independent: blocks, experts."""
-    return next((axis for axis, role in enumerate(spec) if role not in ("block", "expert")), len(spec))
-
-
-def _rms(x: Array, axes: tuple[int, ...]) -> Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True))
+def _along_blocks(value: Any, num_axes: int) -> np.ndarray:
+    """Returns a number, or a number for each block, float32[blocks, 1, ...]."""
+    array = np.asarray(value, np.float32)
+    return array.reshape(-1, *[1] * (num_axes - 1)) if array.ndim else array
 
 
 def _over_parameters(function: Any, roles: Any, *trees: Any) -> Any:

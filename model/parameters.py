@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from openmoe.model.config import ModelConfig
 
@@ -88,6 +88,11 @@ def declare(shape: tuple[int, ...], roles: tuple[str, ...], initializer: Initial
 def roles_of(declared: Any) -> Any:
     """Maps a tree of Parameter to a tree of PartitionSpec, the roles of their axes."""
     return nn.get_partition_spec(declared)
+
+
+def num_stacked(roles: PartitionSpec) -> int:
+    """Returns the number of leading axes along which parameters are independent: blocks, experts."""
+    return next((axis for axis, role in enumerate(roles) if role not in ("block", "expert")), len(roles))
 
 
 def draw(declared: Any, layout: Any, seed: int) -> Any:

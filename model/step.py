@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from openmoe.model import checksum, losses, optimizer, parameters, sharding, stacking, transformer
-from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig, OptimizerConfig
+from openmoe.model import checksum, losses, optimizer, parameters, schedule, sharding, stacking, transformer
+from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig
+from openmoe.model.optimizer_config import OptimizerConfig
 from openmoe.model.routing import RouterStatistics
 from openmoe.model.transformer import Transformer
 
@@ -33,7 +35,7 @@ class TrainState(NamedTuple):
 
     step: Array  # int32[], steps taken
     params: Any  # float32, named as in T5X checkpoints
-    opt_state: Any  # optimizer.AdafactorState
+    opt_state: Any  # optimizer.OptimizerState
 
 
 def init_state(
@@ -49,9 +51,8 @@ def init_state(
 
 @functools.lru_cache(maxsize=KEPT)
 def _init_optimizer(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh) -> Callable[[Any], Any]:
-    roles = parameters.roles_of(declarations(config, mesh))
     layout = _layout(config, optimizer_config, mesh).opt_state
-    return jax.jit(optimizer.adafactor(optimizer_config, roles).init, out_shardings=layout)
+    return jax.jit(transformation(config, optimizer_config, mesh).init, out_shardings=layout)
 
 
 def state_shapes(
@@ -63,7 +64,7 @@ def state_shapes(
     if execution.scan_blocks:
         params = jax.eval_shape(functools.partial(stacking.stack, config), params)
         roles = stacking.stack_roles(config, roles)
-    opt_state = jax.eval_shape(optimizer.adafactor(optimizer_config, roles).init, params)
+    opt_state = jax.eval_shape(transformation(config, optimizer_config, mesh, execution).init, params)
     opt_roles = optimizer.state_roles(optimizer_config, roles, params)
 
     def on_mesh(shapes: Any, roles: Any) -> Any:
@@ -126,6 +127,17 @@ def declarations(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.eval_shape(init, jax.random.key(0), ids, ids, ids)["params"]
 
 
+def transformation(
+    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
+) -> optax.GradientTransformation:
+    """Returns the optimizer of the model's parameters, as `execution` arranges them."""
+    roles = parameters.roles_of(declarations(config, mesh))
+    treatments = optimizer.treatments_of(optimizer_config, roles)
+    if execution.scan_blocks:
+        roles, treatments = stacking.stack_roles(config, roles), stacking.stack(config, treatments, np.stack)
+    return optimizer.make(optimizer_config, roles, treatments)
+
+
 @functools.lru_cache(maxsize=KEPT)
 def make_train_step(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
@@ -135,11 +147,8 @@ def make_train_step(
     Rows of a microbatch must divide over the mesh's batch axes and the parts of it that are accumulated so that each
     device holds whole routing groups of each part.
     """
-    roles = parameters.roles_of(declarations(config, mesh))
-    if execution.scan_blocks:
-        roles = stacking.stack_roles(config, roles)
-    transform = optimizer.adafactor(optimizer_config, roles)
-    rate = optimizer.learning_rate(optimizer_config)
+    transform = transformation(config, optimizer_config, mesh, execution)
+    rate = schedule.learning_rate(optimizer_config)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = gradients(config, mesh, state.params, batch, execution)

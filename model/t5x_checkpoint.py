@@ -44,7 +44,7 @@ from openmoe.model.interop import (
     repeated,
     whole_or_absent,
 )
-from openmoe.model.optimizer import AdafactorState
+from openmoe.model.optimizer import OptimizerState
 from openmoe.model.step import TrainState
 
 VERSION = 3  # since June 2021; version 2 wrote bfloat16 as uint16
@@ -120,7 +120,7 @@ def stored(path: str, template: TrainState) -> Any:
     """
     tree = traverse_util.unflatten_dict(dict(stored_arrays(path, arrays_by_name(template))), sep="/")
     step, moments = tree["state"]["step"], tree["state"]["param_states"]
-    return TrainState(step, tree["target"], AdafactorState(step, moments))
+    return TrainState(step, tree["target"], OptimizerState(step, moments))
 
 
 def save(folder: str, state: TrainState, *, dtype: Dtype = "float32", report: Report = lambda *progress: None) -> str:
@@ -148,6 +148,9 @@ def write_state(folder: str, state: Any, *, dtype: Dtype = "float32", report: Re
         problem = f"step {step} with {updates} updates of the optimizer: T5X has one number for both"
         raise CheckpointError(f"{folder}: cannot be written: {problem}; make them equal")
     arrays = {name: array.read for name, array in arrays_by_name(state).items()}
+    if foreign := [name for name in arrays if name.startswith("state/") and name.endswith(("/mu", "/nu"))]:
+        problem = f"{listed(foreign)}: T5X has a place for Adafactor's state only; take the parameters alone (hf)"
+        raise CheckpointError(f"{folder}: cannot be written: {problem}")
     return write(folder, arrays, dtype=dtype, report=report)
 
 

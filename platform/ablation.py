@@ -15,15 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from openmoe.model import counts
-from openmoe.model.config import DEPARTURES, PRESETS, ModelConfig, OptimizerConfig
+from openmoe.model import counts, optimizer_config
+from openmoe.model.config import DEPARTURES, PRESETS, ModelConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean
 
 SEQ_LEN = 512
 BATCH_ROWS = 4
 STEP_TOKENS = BATCH_ROWS * SEQ_LEN
 FEWEST_STEPS = 10  # the last tenth of them is what is judged
-OPTIMIZER = OptimizerConfig(learning_rate=0.5, warmup_steps=25)  # as runs/quickstart.yaml, for a few times its steps
+OPTIMIZER = AdafactorConfig(learning_rate=0.5, warmup_steps=25)  # as runs/quickstart.yaml, for a few times its steps
 BASELINE, NEXT = "baseline", "next"
 
 # The same tokenizer for all, so that losses are those of the same targets.
@@ -240,7 +241,7 @@ def config_of(name: str, base: ModelConfig) -> ModelConfig:
 
 def settings_id(config: ModelConfig, tokens: int, data_id: str) -> str:
     """Identifies all that a run's losses depend on besides its seed and the code."""
-    made_of = [asdict(config), asdict(OPTIMIZER), BATCH_ROWS, SEQ_LEN, tokens, data_id]
+    made_of = [asdict(config), optimizer_config.identity(OPTIMIZER), BATCH_ROWS, SEQ_LEN, tokens, data_id]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -106,7 +106,7 @@ def _parameters(path: str, kind: Format, config: ModelConfig) -> Mapping[str, Re
         case "hf":
             return hf_checkpoint.stored_parameters(path, wanted, config)
         case "orbax":
-            return traverse_util.flatten_dict(checkpoint.stored(path, template).params, sep="/")
+            return traverse_util.flatten_dict(checkpoint.stored_parameters(path, template.params), sep="/")
 
 
 def _state(path: str, kind: Format, config: ModelConfig) -> Any:
@@ -149,7 +149,7 @@ def _template(config: ModelConfig) -> TrainState:
     import jax
 
     from openmoe.model import sharding, step
-    from openmoe.model.config import OptimizerConfig
+    from openmoe.model.optimizer_config import AdafactorConfig
 
     mesh = sharding.make_mesh(data=1, expert=1, devices=jax.devices("cpu")[:1])
-    return step.state_shapes(config, OptimizerConfig(), mesh)
+    return step.state_shapes(config, AdafactorConfig(), mesh)

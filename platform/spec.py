@@ -8,6 +8,7 @@ them at once, each with its dotted path and what to write instead.
 """
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConfig, OptimizerConfig
+from openmoe.model import optimizer_config
+from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConfig
+from openmoe.model.optimizer_config import AdafactorConfig, OptimizerConfig, RateConfig
 from openmoe.pipelines.config import DataConfig, identity
 from openmoe.pipelines.stage_presets import STAGE_PRESETS
-from openmoe.platform import spec_checks, spec_source, spec_yaml
+from openmoe.platform import spec_checks, spec_optimizer, spec_source, spec_yaml
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
 from openmoe.platform.spec_sections import BudgetsConfig, ClusterConfig, MeshConfig, Section, TrainConfig
 
@@ -43,7 +46,11 @@ class RunSpec(Section):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = Field(
+        default_factory=AdafactorConfig,
+        discriminator="name",
+        description="Adafactor, AdamW or Muon, each with its own.",
+    )
     mesh: MeshConfig
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
     cluster: ClusterConfig
@@ -62,6 +69,7 @@ class RunSpec(Section):
             mesh=self.mesh,
             execution=self.execution,
             cluster=self.cluster,
+            optimizer=self.optimizer,
         )
         if problems:
             raise SpecError(problems)
@@ -84,6 +92,8 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
     problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
     problems += [*_resolve_stages(source.values), *_resolve_batch(source)]
     refused = {problem.path for problem in problems}
+    problems += [problem for problem in spec_optimizer.resolve(source.values) if problem.path not in refused]
+    refused |= {problem.path for problem in problems}
     try:
         spec = RunSpec.model_validate_json(json.dumps(source.values))
     except ValidationError as error:
@@ -113,7 +123,7 @@ LATER_MODEL_FIELDS = ("t5x_expert_copies", *DEPARTURES)
 def mathematics(spec: RunSpec) -> dict[str, Any]:
     """The settings that decide the numbers: model, data, seed, optimizer, and what one step consumes."""
     values = spec.model_dump(mode="json")
-    values["data"] = identity(spec.data)
+    values["data"], values["optimizer"] = identity(spec.data), optimizer_config.identity(spec.optimizer)
     for source in values["data"]["sources"]:
         for name in SOURCE_TOLERANCES:
             source.pop(name, None)
@@ -137,7 +147,10 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of a run file, for editors and for the names of known keys."""
     schema = RunSpec.model_json_schema()
     for definition in schema["$defs"].values():
-        _describe_properties(definition)
+        definition["description"] = _describe_properties(definition, definition["description"])
+    for choice in spec_optimizer.CHOICES.values():
+        _describe_properties(schema["$defs"][choice.__name__], inspect.getdoc(RateConfig) or "")
+    spec_optimizer.describe(schema["$defs"])
     model, data = schema["$defs"]["ModelConfig"], schema["$defs"]["DataConfig"]
     preset = {"enum": list(PRESETS), "description": "Where the fields not given here come from."}
     model["properties"] = {"preset": preset, **model["properties"]}
@@ -154,12 +167,12 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "OpenMoE run file"}
 
 
-def _describe_properties(definition: dict[str, Any]) -> None:
-    """Moves the `Attributes:` of a class docstring to the properties they describe."""
-    summary, _, attributes = definition["description"].partition("\n\nAttributes:\n")
-    definition["description"] = summary
+def _describe_properties(definition: dict[str, Any], docstring: str) -> str:
+    """Gives the `Attributes:` of a class docstring to the properties they describe; returns what comes before them."""
+    summary, _, attributes = docstring.partition("\n\nAttributes:\n")
     for name, text in re.findall(r"^  (\w+): (.+(?:\n    .+)*)", attributes, re.MULTILINE):
         definition["properties"][name]["description"] = " ".join(text.split())
+    return summary
 
 
 def _resolve_preset(values: dict[str, Any]) -> list[Problem]:

@@ -4,13 +4,17 @@ The mathematics fixes the microbatch and the routing groups; a device always hol
 so that a resize changes only who computes what.
 """
 
+import difflib
+import fnmatch
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from openmoe.model import counts
 from openmoe.model.config import ExecutionConfig, ModelConfig
+from openmoe.model.optimizer_config import OptimizerConfig
+from openmoe.model.parameter_names import parameter_names
 from openmoe.pipelines.config import DataConfig
-from openmoe.platform.spec_errors import Problem
+from openmoe.platform.spec_errors import Problem, did_you_mean
 from openmoe.platform.spec_sections import ClusterConfig, MeshConfig, TrainConfig
 
 
@@ -29,6 +33,7 @@ def impossible_combinations(
     mesh: MeshConfig,
     execution: ExecutionConfig,
     cluster: ClusterConfig,
+    optimizer: OptimizerConfig,
 ) -> list[Problem]:
     """Every clash between settings that are each fine by themselves."""
     return [
@@ -38,6 +43,7 @@ def impossible_combinations(
         *_mesh(mesh, cluster, model),
         *_slices(mesh, model),
         *_cluster(cluster),
+        *_parameter_groups(optimizer, model),
     ]
 
 
@@ -156,3 +162,22 @@ def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:
                 f"cluster.{field}",
                 f"only means something when accelerator is tpu (it is {cluster.accelerator}); remove it",
             )
+
+
+def _parameter_groups(optimizer: OptimizerConfig, model: ModelConfig) -> Iterator[Problem]:
+    names = parameter_names(model) if optimizer.groups else []
+    for index, group in enumerate(optimizer.groups):
+        for at, pattern in enumerate(group.match):
+            if not fnmatch.filter(names, pattern):
+                message = f"no parameter is named {pattern!r}; {_near(pattern, names)}"
+                yield Problem(f"optimizer.groups.{index}.match.{at}", message)
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    """Returns the nearest word for the first of a pattern that no name has, or names that are near."""
+    known = dict.fromkeys(part for name in names for part in name.split("/"))
+    for word in pattern.split("/"):
+        if not set("*?[") & set(word) and word not in known and difflib.get_close_matches(word, known):
+            return did_you_mean(word, known)
+    near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or names[:2]
+    return f"names are such as {' and '.join(near)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def problems_of(error: ValidationError, schema: Mapping[str, Any]) -> list[Probl
 
 def _translate(details: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Problem]:
     location, value, kind = details["loc"], details["input"], details["type"]
-    path = ".".join(map(str, location))
+    path = ".".join(map(str, _as_written(schema, location)))
     match kind:
         case "default_factory_not_called":
             return []  # the field it derives from has its own problem
@@ -112,6 +112,9 @@ def _translate(details: Mapping[str, Any], schema: Mapping[str, Any]) -> list[Pr
             message = f"missing; add `{location[-1]}:` to {section}"
         case "literal_error":
             message = _not_a_choice(details["ctx"]["expected"], value)
+        case "union_tag_invalid":
+            path = join(path, details["ctx"]["discriminator"].strip("'"))
+            message = _not_a_choice(details["ctx"]["expected_tags"], details["ctx"]["tag"])
         case "value_error":
             return _from_validator(path, details["ctx"]["error"])
         case _ if kind in _EXPECTED:
@@ -177,7 +180,23 @@ def _keys_at(schema: Mapping[str, Any], location: Sequence[str | int]) -> list[s
 def _node_at(schema: Mapping[str, Any], location: Sequence[str | int]) -> Mapping[str, Any]:
     node = schema
     for key in location:
-        node = node["items"] if isinstance(key, int) else node["properties"][key]
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        node = _below(schema, node, key)
     return node
+
+
+def _as_written(schema: Mapping[str, Any], location: Sequence[str | int]) -> Iterator[str | int]:
+    """Yields a location without the choice that pydantic names between a section that has several and its keys."""
+    node = schema
+    for key in location:
+        if "discriminator" not in node:
+            yield key
+        node = _below(schema, node, key)
+
+
+def _below(schema: Mapping[str, Any], node: Mapping[str, Any], key: str | int) -> Mapping[str, Any]:
+    """Returns the schema of what has this key, or is this choice; empty where it says nothing about it."""
+    if "discriminator" in node:
+        node = {"$ref": node["discriminator"]["mapping"].get(key, "")}
+    else:
+        node = node.get("items", {}) if isinstance(key, int) else node.get("properties", {}).get(key, {})
+    return schema["$defs"].get(node["$ref"].rpartition("/")[2], {}) if "$ref" in node else node

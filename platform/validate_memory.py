@@ -10,22 +10,30 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from openmoe.model import counts
-from openmoe.model.config import ExecutionConfig, ModelConfig, OptimizerConfig
+from openmoe.model.config import ExecutionConfig, ModelConfig
+from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig, OptimizerConfig
 from openmoe.platform.facts import Fact, num_bytes
 from openmoe.platform.spec import RunSpec
 
 FLOAT32_BYTES = 4
+STATES = {
+    "adafactor": "row and column moments",
+    "adamw": "two moments of each parameter",
+    "muon": "one moment of matrices, two of all else",
+}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def by_dtype(model: ModelConfig) -> tuple[Fact, ...]:
     """Returns what a model takes to be kept, and to be trained, on all devices together."""
     parameters = counts.parameter_counts(model).total
-    moments = sum(adafactor_elements(model, OptimizerConfig()))
+    moments = sum(adafactor_elements(model, AdafactorConfig()))
+    others = {config.name: sum(optimizer_elements(model, config)) for config in (AdamWConfig(), MuonConfig())}
     return (
         *(num_bytes(f"parameters_{dtype}", each * parameters, "") for dtype, each in DTYPE_BYTES.items()),
-        num_bytes("adafactor_float32", FLOAT32_BYTES * moments, "row and column moments"),
-        num_bytes("training_float32", FLOAT32_BYTES * (2 * parameters + moments), "with gradients; no activations"),
+        num_bytes("adafactor_float32", FLOAT32_BYTES * moments, STATES["adafactor"]),
+        *(num_bytes(f"{name}_float32", FLOAT32_BYTES * number, STATES[name]) for name, number in others.items()),
+        num_bytes("training_float32", FLOAT32_BYTES * (2 * parameters + moments), "Adafactor; no activations"),
     )
 
 
@@ -61,7 +69,7 @@ def estimate(spec: RunSpec) -> Memory:
     used = (shared + experts // mesh.expert) // mesh.tensor  # of a device when gathered along fsdp
     parameters = FLOAT32_BYTES * used // mesh.fsdp
     is_summed = spec.train.microbatches * execution.accumulation_steps > 1
-    state_shared, state_experts = adafactor_elements(model, spec.optimizer)
+    state_shared, state_experts = optimizer_elements(model, spec.optimizer)
     rows = spec.train.batch_rows // spec.train.microbatches // mesh.num_batch_shares // execution.accumulation_steps
     fused = execution.attention == "auto" and spec.cluster.accelerator != "cpu"
     kept, block = activation_bytes(
@@ -93,14 +101,25 @@ def per_device(spec: RunSpec) -> tuple[Fact, ...]:
     return (
         num_bytes("parameters", memory.parameters, "estimate: float32, experts over expert, all over fsdp and tensor"),
         num_bytes("gradients", memory.gradients, "estimate: float32; twice when summed over microbatches or parts"),
-        num_bytes("optimizer", memory.optimizer, "estimate: Adafactor's row and column moments"),
+        num_bytes("optimizer", memory.optimizer, f"estimate: {spec.optimizer.name}, {STATES[spec.optimizer.name]}"),
         num_bytes("activations", memory.activations, f"estimate: {rows} rows at a time, {kept}"),
         num_bytes("working", memory.working, "estimate: kernels, gradients, values of a block, or of the vocabulary"),
         num_bytes("total", memory.total, "estimate; `openmoe plan --compile` asks the TPU compiler"),
     )
 
 
-def adafactor_elements(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
+def optimizer_elements(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[int, int]:
+    """Returns the elements of an optimizer's state (of shared parameters, of all experts)."""
+    if isinstance(optimizer, AdafactorConfig):
+        return adafactor_elements(model, optimizer)
+    parameters = counts.parameter_counts(model)
+    shared, experts = 2 * (parameters.total - parameters.experts), 2 * parameters.experts
+    if isinstance(optimizer, MuonConfig):  # one moment for each matrix
+        return shared - parameters.attention - parameters.dense_ffn - parameters.extra_ffn, experts // 2
+    return shared, experts
+
+
+def adafactor_elements(model: ModelConfig, optimizer: AdafactorConfig) -> tuple[int, int]:
     """Returns the elements of Adafactor's state (of shared parameters, of all experts).
 
     A matrix whose sides are both at least min_dim_size_to_factor keeps a row and a column, another one every

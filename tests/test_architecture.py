@@ -34,6 +34,8 @@ ALLOWED = {
 CONFIG_MODULES = (
     "openmoe.model.config",
     "openmoe.model.counts",
+    "openmoe.model.optimizer_config",
+    "openmoe.model.parameter_names",
     "openmoe.pipelines.config",
     "openmoe.platform.cli",
     "openmoe.platform.spec",
@@ -48,6 +50,7 @@ PURE = (
     "cluster_fit", "lineage", "verdict", "job", "job_events", "placement", "cron", "attempt_end", "story", "ablation",
     "goodput", "ledger", "facts", "validate_memory", "plan", "plan_assumptions", "plan_choice", "plan_hardware",
     "plan_page", "plan_program", "plan_time", "plan_work", "cadence",
+    "spec_optimizer",
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "restore", "checkpoints", "sampling", "prefetch",

@@ -6,8 +6,9 @@ import pytest
 from flax import traverse_util
 
 from openmoe.model import acceptance, interop, step
-from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.config import PRESETS
 from openmoe.model.interop import InMemory
+from openmoe.model.optimizer_config import AdafactorConfig
 
 EXPERT = "decoder/layers_3/mlp/expert/wi_0/kernel"
 QUERY = "decoder/layers_2/self_attention/query/kernel"
@@ -41,7 +42,7 @@ def test_a_model_equals_itself(parameters, moe_config):
 
 
 def test_dense_models_are_compared_too(dense_config, mesh_of):
-    params = step.init_state(dense_config, OptimizerConfig(), 0, mesh_of(1, 1)).params
+    params = step.init_state(dense_config, AdafactorConfig(), 0, mesh_of(1, 1)).params
     names = by_name(params)
     assert acceptance.compare(names, names, dense_config).difference == 0.0
 
@@ -130,5 +131,5 @@ def test_one_layer_is_read_at_a_time_first_of_the_destination(parameters, moe_co
 
 def test_the_improved_model_is_compared_too(mesh_of):
     config = PRESETS["openmoe-next-nano"]
-    names = by_name(step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)).params)
+    names = by_name(step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)).params)
     assert acceptance.compare(names, names, config).difference == 0.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openmoe.model import counts, sharding, step
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
 KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute|collective-broadcast"
 COLLECTIVE = re.compile(rf'= (.*?) ({KINDS}|ragged-all-to-all)(?:-start)?\((?:.*op_name="([^"]*)")?')
@@ -40,9 +40,9 @@ def exchanged(config, mesh_of):
 
     def of(rows):
         if rows not in found:
-            state = step.state_shapes(config, OptimizerConfig(), mesh)
+            state = step.state_shapes(config, AdafactorConfig(), mesh)
             batch = jax.device_put(batch_of(rows=rows, seq=64), sharding.batch_sharding(mesh))
-            program = step.make_train_step(config, OptimizerConfig(), mesh).lower(state, batch).compile().as_text()
+            program = step.make_train_step(config, AdafactorConfig(), mesh).lower(state, batch).compile().as_text()
             found[rows] = [(kind, size(shapes), where) for shapes, kind, where in COLLECTIVE.findall(program)]
         return found[rows]
 
@@ -81,11 +81,11 @@ def test_all_else_are_the_gradients_once_and_some_statistics(exchanged, config):
 @pytest.fixture(scope="module")
 def gradients_on(config, mesh_of):
     """Returns gradients_on(data, expert): gradients and metrics of a batch with one group for each of 8 devices."""
-    params = jax.device_get(step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)).params)
+    params = jax.device_get(step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)).params)
 
     def run(data, expert):
         mesh = mesh_of(data, expert)
-        layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, OptimizerConfig(), mesh).params)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, AdafactorConfig(), mesh).params)
         batch = jax.device_put(batch_of(rows=16, seq=32), sharding.batch_sharding(mesh))
         gradients = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch))
         return jax.device_get(gradients(jax.device_put(params, layout), batch))

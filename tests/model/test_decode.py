@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 
 from openmoe.model import decode, step, transformer
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
 NUM_STEPS = 4
 PROMPT_LENS = np.asarray([4, 1, 8, 6], np.int32)  # BOS included
@@ -95,7 +95,7 @@ def test_a_row_is_decoded_as_if_it_were_alone(moe_config, moe_params, mesh_of):
 
 def test_a_dense_model_too(dense_config, mesh_of):
     mesh = mesh_of(1, 1)
-    params = step.init_state(dense_config, OptimizerConfig(), 0, mesh).params
+    params = step.init_state(dense_config, AdafactorConfig(), 0, mesh).params
     wanted, _ = computed_anew(replace(dense_config, group_size=1), mesh, params, ROWS)
     np.testing.assert_allclose(decoded(dense_config, mesh, params), at_the_same_positions(wanted), atol=2e-5)
 
@@ -121,7 +121,7 @@ def test_the_cache_lies_beside_the_parameters_under_their_names(moe_config, moe_
 @pytest.mark.parametrize(("shape", "exchanges"), [((4, 1), 0), ((2, 2), 4)])
 def test_rows_are_decoded_where_they_lie_and_only_tokens_travel(shape, exchanges, moe_config, mesh_of):
     mesh = mesh_of(*shape)
-    params = step.init_state(moe_config, OptimizerConfig(), 0, mesh).params
+    params = step.init_state(moe_config, AdafactorConfig(), 0, mesh).params
     cache = jax.jit(lambda: decode.empty_cache(moe_config, mesh, 4, 13))()
     ones = np.ones(4, np.int32)
     compiled = extend_of(moe_config, mesh).lower(params, cache, ones[:, None], ones, ones).compile().as_text()

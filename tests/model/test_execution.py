@@ -9,9 +9,10 @@ import pytest
 from flax import traverse_util
 
 from openmoe.model import sharding, stacking, step
-from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig, OptimizerConfig
+from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
-ADAFACTOR = OptimizerConfig()
+ADAFACTOR = AdafactorConfig()
 SCANNED = ExecutionConfig(scan_blocks=True, remat="dots")
 
 

@@ -8,8 +8,9 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from openmoe.model import optimizer, parameters, step, transformer
-from openmoe.model.config import PLAIN, ExecutionConfig, OptimizerConfig
+from openmoe.model import optimizer, schedule, step, transformer
+from openmoe.model.config import PLAIN, ExecutionConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
 
 def batch_of(case, prefix=""):
@@ -198,16 +199,15 @@ SCANNED = ExecutionConfig(scan_blocks=True, remat="full")
 def three_steps(request, golden, moe_config, moe_params, mesh_of):
     """The metrics and the final state of three steps of the trainer."""
     mesh, case, execution = mesh_of(1, 1), golden("moe_train_steps"), request.param
-    roles = parameters.roles_of(step.declarations(moe_config, mesh))
-    opt_state = optimizer.adafactor(OptimizerConfig(), roles).init(moe_params)
+    opt_state = step.transformation(moe_config, AdafactorConfig(), mesh).init(moe_params)
     state = step.TrainState(jax.numpy.int32(0), jax.tree.map(jax.numpy.array, moe_params), opt_state)
-    state = step.arranged(moe_config, OptimizerConfig(), mesh, execution, state)
-    train_step, history = step.make_train_step(moe_config, OptimizerConfig(), mesh, execution), []
+    state = step.arranged(moe_config, AdafactorConfig(), mesh, execution, state)
+    train_step, history = step.make_train_step(moe_config, AdafactorConfig(), mesh, execution), []
     for s in range(3):
         batch = jax.tree.map(lambda x: x[None], batch_of(case, f"step_{s}/"))
         state, metrics = train_step(state, batch)
         history.append(jax.device_get(metrics))
-    return history, jax.device_get(step.plain(moe_config, OptimizerConfig(), mesh, execution, state))
+    return history, jax.device_get(step.plain(moe_config, AdafactorConfig(), mesh, execution, state))
 
 
 def test_losses_of_three_trainer_steps(three_steps, golden):
@@ -248,10 +248,11 @@ def test_adafactor_alone(golden):
         for name, array in params.items()
     }
     # The third step of the file runs at 0.008: the schedule is not what it tests.
-    opt_state = optimizer.adafactor(OptimizerConfig(), roles).init(params)
+    treatments = optimizer.treatments_of(AdafactorConfig(), roles)
+    opt_state = optimizer.make(AdafactorConfig(), roles, treatments).init(params)
     for s in range(3):
         warmup_steps = round(float(case[f"step_{s}/learning_rate"]) ** -2)
-        transform = optimizer.adafactor(OptimizerConfig(warmup_steps=warmup_steps), roles)
+        transform = optimizer.make(AdafactorConfig(warmup_steps=warmup_steps), roles, treatments)
         grads = {name: case[f"step_{s}/grad/{name}"] for name in params}
         updates, opt_state = jax.jit(transform.update)(grads, opt_state, params)
         params = {name: params[name] + updates[name] for name in params}
@@ -263,5 +264,5 @@ def test_adafactor_alone(golden):
 
 def test_learning_rate_schedule(golden):
     case = golden("learning_rate")
-    schedule = optimizer.learning_rate(OptimizerConfig())
-    np.testing.assert_allclose(jax.vmap(schedule)(case["step"]), case["learning_rate"], rtol=1e-6)
+    rate = schedule.learning_rate(AdafactorConfig())
+    np.testing.assert_allclose(jax.vmap(rate)(case["step"]), case["learning_rate"], rtol=1e-6)

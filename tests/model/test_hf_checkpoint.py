@@ -20,8 +20,9 @@ import pytest
 
 from openmoe.model import hf_checkpoint as hf
 from openmoe.model import hf_config, hf_files, interop, step, t5x_checkpoint
-from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.config import PRESETS
 from openmoe.model.interop import InMemory
+from openmoe.model.optimizer_config import AdafactorConfig
 
 NORM = "model.norm.weight"
 EXPERTS = "model.layers.1.mlp.experts.wi_gate"
@@ -517,7 +518,7 @@ def test_a_file_that_is_no_zip_is_one_line(tmp_path):
 
 def test_the_names_shapes_and_parts_of_the_8b_model(mesh_of):
     config = PRESETS["openmoe-8b"]
-    shapes = t5x_checkpoint.arrays_by_name(step.state_shapes(config, OptimizerConfig(), mesh_of(1, 8)))
+    shapes = t5x_checkpoint.arrays_by_name(step.state_shapes(config, AdafactorConfig(), mesh_of(1, 8)))
     names = hf.torch_names(config)
     found = {torch.name: torch.shape(shapes[f"target/{name}"].shape) for name, torch in names.items()}
     assert len(found) == len(names) == 239

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from openmoe.model import counts, layers, moe, routing, sharding, step, transformer
-from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.config import PRESETS
 from openmoe.model.layers import GatedWeights, Rows
+from openmoe.model.optimizer_config import AdafactorConfig
 
 ROWS, SEQ = 4, 16
 TINY = replace(
@@ -44,7 +45,7 @@ def run(mesh_of):
 
     def of(config, batch=None, params=None):
         mesh, batch = mesh_of(1, 1), batch or batch_of(config)
-        params = params or step.init_state(config, OptimizerConfig(), 0, mesh).params
+        params = params or step.init_state(config, AdafactorConfig(), 0, mesh).params
         rows = jax.tree.map(lambda x: x[0], batch)
         forward = jax.jit(lambda params, rows: transformer.forward(config, mesh, params, rows, train=True))
         return jax.device_get(forward(params, rows)), params
@@ -115,7 +116,7 @@ def test_biases_move_by_the_sign_of_what_is_missing_to_equal_load():
 
 def test_biases_balance_a_router_that_prefers_one_expert(mesh_of):
     config = replace(TINY, router_bias_rate=0.001, aux_loss_weight=0.0, router="sigmoid", route_padding=False)
-    mesh, optimizer = mesh_of(1, 1), OptimizerConfig(learning_rate=1e-6)
+    mesh, optimizer = mesh_of(1, 1), AdafactorConfig(learning_rate=1e-6)
     state, train_step = step.init_state(config, optimizer, 0, mesh), step.make_train_step(config, optimizer, mesh)
     loads, batch = [], jax.device_put(batch_of(config), sharding.batch_sharding(mesh))
     bias = state.params["decoder"]["layers_0"]["mlp"]["router"]["bias"]
@@ -165,7 +166,7 @@ def test_positions_start_anew_in_each_segment():
 def test_a_parallel_extra_block_reads_what_the_experts_read(run, mesh_of):
     config = replace(TINY, extra_mlp="parallel")
     layer = transformer.MoELayer(config, mesh_of(1, 1), train=True)
-    params = step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)).params["decoder"]["layers_0"]
+    params = step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)).params["decoder"]["layers_0"]
     assert "pre_extra_mlp_layer_norm" not in params
     x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, SEQ, 16)), jnp.float32)
     rows = Rows(jnp.arange(SEQ), jnp.ones((ROWS, SEQ, 1), bool), jnp.ones((ROWS, SEQ), jnp.int32))
@@ -222,7 +223,7 @@ def test_groups_by_the_original_s_rule(rows, row_len, copies, groups):
 def test_appended_padding_takes_places_and_answers_nothing(mesh_of):
     config = replace(TINY, t5x_expert_copies=1, group_size=4096)
     layer = moe.MoE(config, mesh_of(1, 1), train=True)
-    params = step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)).params["decoder"]["layers_0"]["mlp"]
+    params = step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)).params["decoder"]["layers_0"]["mlp"]
     x = np.random.default_rng(0).normal(size=(3, 10, 16)).astype(np.float32)
     real = np.ones((3, 10, 1), bool)
     apply = jax.jit(lambda x, real: layer.apply({"params": params}, x, real))
@@ -249,9 +250,9 @@ def test_the_improved_model_trains_the_same_on_any_mesh(mesh_of):
     results = {}
     for shape in ((1, 1), (1, 2, 1, 2)):
         mesh = mesh_of(*shape)
-        train_step = step.make_train_step(config, OptimizerConfig(), mesh)
+        train_step = step.make_train_step(config, AdafactorConfig(), mesh)
         batch = jax.device_put(batch_of(config), sharding.batch_sharding(mesh))
-        results[shape] = jax.device_get(train_step(step.init_state(config, OptimizerConfig(), 0, mesh), batch))
+        results[shape] = jax.device_get(train_step(step.init_state(config, AdafactorConfig(), 0, mesh), batch))
     (state, metrics), (wanted_state, wanted) = results[1, 2, 1, 2], results[1, 1]
     assert wanted["drop_fraction"] == 0
     for name in ("loss", "grad_norm", "expert_load"):

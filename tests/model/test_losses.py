@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openmoe.model import losses, step
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
 ROWS, SEQ, D_MODEL, VOCAB, Z_LOSS_WEIGHT = 8, 6, 5, 24, 0.01
 
@@ -75,7 +75,7 @@ def test_on_a_cpu_blocks_are_as_small_as_256_positions(num_positions, vocab_size
 
 def test_gradients_of_the_published_vocabulary_hold_one_block_of_logits_and_its_derivative(dense_config, mesh_of):
     config = replace(dense_config, num_layers=1, d_model=16, vocab_size=256_384, text_vocab_size=256_000)
-    params = step.state_shapes(config, OptimizerConfig(), mesh_of(1, 1)).params
+    params = step.state_shapes(config, AdafactorConfig(), mesh_of(1, 1)).params
     names = ("input_ids", "target_ids", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((1, 8, 512), jnp.int32) for name in names}
     batch["loss_weights"] = jax.ShapeDtypeStruct((1, 8, 512), jnp.float32)

@@ -10,7 +10,8 @@ import pytest
 from flax import traverse_util
 
 from openmoe.model import counts, step
-from openmoe.model.config import PRESETS, OptimizerConfig
+from openmoe.model.config import PRESETS
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.model.parameters import Normal, TruncatedNormal
 
 
@@ -23,7 +24,7 @@ def test_initial_parameters_have_the_original_statistics(model, full_golden_path
     wanted = json.loads(full_golden_path("init_statistics.json").read_text())[model]
     config = moe_config if model == "moe" else dense_config
     sizes = {"num_layers": 4, "head_dim": 64, "d_model": 384, "d_ff": 640, "vocab_size": 2048}
-    params = flat(step.init_state(replace(config, **sizes), OptimizerConfig(), 0, mesh_of(1, 1)).params)
+    params = flat(step.init_state(replace(config, **sizes), AdafactorConfig(), 0, mesh_of(1, 1)).params)
     assert params.keys() == wanted.keys()
     for name, statistics in wanted.items():
         array = np.asarray(params[name], np.float64)
@@ -63,13 +64,13 @@ def test_initial_distributions_of_openmoe_8b(name, distribution, mesh_of):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_declared_parameters_are_those_that_are_counted(preset, mesh_of):
-    shapes = jax.tree.leaves(step.state_shapes(PRESETS[preset], OptimizerConfig(), mesh_of(1, 1)).params)
+    shapes = jax.tree.leaves(step.state_shapes(PRESETS[preset], AdafactorConfig(), mesh_of(1, 1)).params)
     assert sum(leaf.size for leaf in shapes) == counts.parameter_counts(PRESETS[preset]).total
 
 
 def test_experts_lie_on_the_expert_axis_and_all_else_everywhere(mesh_of):
     mesh = mesh_of(2, 4)
-    for path, leaf in jax.tree.leaves_with_path(step.state_shapes(PRESETS["openmoe-nano"], OptimizerConfig(), mesh)):
+    for path, leaf in jax.tree.leaves_with_path(step.state_shapes(PRESETS["openmoe-nano"], AdafactorConfig(), mesh)):
         expected = {"expert"} if "'expert'" in jax.tree_util.keystr(path) else set()
         assert {axis for axis in leaf.sharding.spec if axis and mesh.shape[axis] > 1} == expected, path
 
@@ -77,7 +78,7 @@ def test_experts_lie_on_the_expert_axis_and_all_else_everywhere(mesh_of):
 def test_every_large_parameter_of_the_8b_is_divided_over_fsdp_and_tensor(mesh_of):
     mesh = mesh_of(1, 2, fsdp=2, tensor=2)
     for path, leaf in jax.tree.leaves_with_path(
-        step.state_shapes(PRESETS["openmoe-8b"], OptimizerConfig(), mesh).params
+        step.state_shapes(PRESETS["openmoe-8b"], AdafactorConfig(), mesh).params
     ):
         name, axes = jax.tree_util.keystr(path), {axis for axis in leaf.sharding.spec if axis}
         parts = leaf.size // math.prod(leaf.sharding.shard_shape(leaf.shape))

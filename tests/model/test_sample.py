@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from openmoe.model import decode, sample, step, transformer
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.model.sample import Sampling
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8]]
@@ -17,7 +17,7 @@ def continue_on(moe_config, mesh_of):
 
     def run(shape, prompts=PROMPTS, num_tokens=4, **settings):
         mesh = mesh_of(*shape)
-        params = step.init_state(moe_config, OptimizerConfig(), 0, mesh).params
+        params = step.init_state(moe_config, AdafactorConfig(), 0, mesh).params
         settings = {"sampling": Sampling(), "eos_id": EOS_ID, "seed": 1} | settings
         return sample.by_prompt(sample.stream(params, moe_config, prompts, num_tokens, mesh=mesh, **settings))
 
@@ -45,7 +45,7 @@ def test_temperature_zero_continues_as_recomputing_the_whole_row_for_each_token_
     found = continue_on((1, 1), num_tokens=6, sampling=Sampling(temperature=0.0))
     assert found[0] == found[2]
     mesh, config = mesh_of(1, 1), decode.ungrouped(moe_config)
-    params = step.init_state(moe_config, OptimizerConfig(), 0, mesh).params
+    params = step.init_state(moe_config, AdafactorConfig(), 0, mesh).params
     forward = jax.jit(lambda params, batch: transformer.forward(config, mesh, params, batch, train=False).logits)
     for prompt, continuation in zip(PROMPTS, found, strict=True):
         row = [0, *prompt]
@@ -66,7 +66,7 @@ def test_a_continuation_stops_at_eos_and_the_others_go_on(continue_on):
 
 def test_nothing_more_is_computed_once_all_have_ended(moe_config, mesh_of):
     mesh, prompts = mesh_of(1, 1), [[5, 6, 7, 8]] * 3
-    params = step.init_state(moe_config, OptimizerConfig(), 0, mesh).params
+    params = step.init_state(moe_config, AdafactorConfig(), 0, mesh).params
     settings = {"sampling": Sampling(temperature=0.0), "seed": 0, "mesh": mesh}
     [end, *_], *_ = sample.by_prompt(sample.stream(params, moe_config, prompts, 6, eos_id=EOS_ID, **settings))
     steps = list(sample.stream(params, moe_config, prompts, 6, eos_id=end, **settings))

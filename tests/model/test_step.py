@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from openmoe.model import sharding, step
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
 MESHES = [(1, 1), (2, 2)]  # more of them, forward and backward, in test_collectives.py and test_execution.py
-OPTIMIZER = OptimizerConfig(warmup_steps=100)
+OPTIMIZER = AdafactorConfig(warmup_steps=100)
 
 
 def batch_of(rng, *, microbatches=1, rows=8, seq=32):

@@ -21,8 +21,9 @@ from flax import traverse_util
 
 from openmoe.model import checkpoint, interop, sharding, step
 from openmoe.model import t5x_checkpoint as t5x
-from openmoe.model.config import PRESETS, OptimizerConfig
-from openmoe.model.optimizer import AdafactorState
+from openmoe.model.config import PRESETS
+from openmoe.model.optimizer import OptimizerState
+from openmoe.model.optimizer_config import AdafactorConfig
 
 ORIGINAL = "moe_t5x_checkpoint/checkpoint_3"
 INDEX = Path(__file__).parent / "goldens" / "t5x_index.msgpack"
@@ -32,15 +33,15 @@ NORM = "target/decoder/decoder_norm/scale"
 @pytest.fixture(scope="module")
 def template(moe_config, mesh_of):
     """Returns template(data, expert): the shapes of a state on such a mesh."""
-    return lambda data, expert: step.state_shapes(moe_config, OptimizerConfig(), mesh_of(data, expert))
+    return lambda data, expert: step.state_shapes(moe_config, AdafactorConfig(), mesh_of(data, expert))
 
 
 @pytest.fixture(scope="module")
 def state(moe_config, mesh_of):
     """A state of step 3, with moments that are no zeros."""
-    fresh = step.init_state(moe_config, OptimizerConfig(), 0, mesh_of(1, 4))
+    fresh = step.init_state(moe_config, AdafactorConfig(), 0, mesh_of(1, 4))
     moments = jax.tree.map(lambda v: v + np.arange(v.size, dtype=np.float32).reshape(v.shape), fresh.opt_state.moments)
-    return step.TrainState(fresh.step + 3, fresh.params, AdafactorState(fresh.opt_state.count + 3, moments))
+    return step.TrainState(fresh.step + 3, fresh.params, OptimizerState(fresh.opt_state.count + 3, moments))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def batch_of(case):
 
 def one_more_step(config, mesh, state, batch):
     placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-    return step.make_train_step(config, OptimizerConfig(), mesh)(state, placed)
+    return step.make_train_step(config, AdafactorConfig(), mesh)(state, placed)
 
 
 def test_every_array_of_the_original_is_read(full_golden, full_golden_path, template):
@@ -130,7 +131,7 @@ def test_restores_the_same_bits_on_another_mesh(written, state, template, shape)
 
 def test_training_goes_on_with_the_same_bits(golden, moe_config, mesh_of, template, tmp_path):
     mesh, batch = mesh_of(1, 4), batch_of(golden("moe_train_steps"))
-    state, _ = one_more_step(moe_config, mesh, step.init_state(moe_config, OptimizerConfig(), 0, mesh), batch)
+    state, _ = one_more_step(moe_config, mesh, step.init_state(moe_config, AdafactorConfig(), 0, mesh), batch)
     restored = t5x.restore(t5x.save(str(tmp_path), state), template(1, 4))
     assert_same_bits(
         one_more_step(moe_config, mesh, restored, batch)[0], one_more_step(moe_config, mesh, state, batch)[0]
@@ -139,7 +140,7 @@ def test_training_goes_on_with_the_same_bits(golden, moe_config, mesh_of, templa
 
 def test_factors_of_matrices_stand_in_the_index_and_those_of_experts_in_folders(mesh_of, tmp_path):
     config = replace(PRESETS["openmoe-nano"], num_layers=2)  # 128 wide: matrices are factored, too
-    path = t5x.save(str(tmp_path), step.init_state(config, OptimizerConfig(), 0, mesh_of(1, 1)))
+    path = t5x.save(str(tmp_path), step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)))
     found = t5x.read_index(path)
     states = "state/param_states/decoder"
     for name, shape, inline in [
@@ -229,14 +230,14 @@ def test_every_array_is_used_exactly_once(copied, template, change, kind, messag
 
 
 def test_another_shape_is_an_error_before_anything_is_read(written, mesh_of, moe_config):
-    wider = step.state_shapes(replace(moe_config, vocab_size=640), OptimizerConfig(), mesh_of(1, 1))
+    wider = step.state_shapes(replace(moe_config, vocab_size=640), AdafactorConfig(), mesh_of(1, 1))
     message = rf"decoder/logits_dense/kernel: has shape \(64, 512\), in this model \(64, 640\); {REMEDY}$"
     with pytest.raises(interop.WrongShape, match=message):
         t5x.restore(str(written), wider, lambda *progress: pytest.fail("an array has been read"))
 
 
 def test_moments_of_other_optimizer_settings_are_unknown(written, mesh_of, moe_config):
-    factored = step.state_shapes(moe_config, OptimizerConfig(min_dim_size_to_factor=64), mesh_of(1, 1))
+    factored = step.state_shapes(moe_config, AdafactorConfig(min_dim_size_to_factor=64), mesh_of(1, 1))
     with pytest.raises(interop.UnknownArray, match=r"kernel/v and 29 more: there is no such array in this model"):
         t5x.restore(str(written), factored)
 
@@ -395,7 +396,7 @@ def test_chunks_are_at_most_64_mib(shape, chunk):
 
 
 def test_the_names_and_shapes_of_the_8b_model(mesh_of):
-    shapes = t5x.arrays_by_name(step.state_shapes(PRESETS["openmoe-8b"], OptimizerConfig(), mesh_of(1, 8)))
+    shapes = t5x.arrays_by_name(step.state_shapes(PRESETS["openmoe-8b"], AdafactorConfig(), mesh_of(1, 8)))
     target = {name: like.shape for name, like in shapes.items() if name.startswith("target/")}
     assert sum(int(np.prod(shape)) for shape in target.values()) == 11_855_046_656
     for name, shape in {

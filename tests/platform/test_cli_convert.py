@@ -12,8 +12,9 @@ import pytest
 
 from openmoe.model import checkpoint, sharding, step
 from openmoe.model import t5x_checkpoint as t5x
-from openmoe.model.config import PRESETS, OptimizerConfig
-from openmoe.model.optimizer import AdafactorState
+from openmoe.model.config import PRESETS
+from openmoe.model.optimizer import OptimizerState
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.platform import cli
 
 NANO = PRESETS["openmoe-nano"]
@@ -27,9 +28,9 @@ def mesh():
 @pytest.fixture(scope="module")
 def state(mesh):
     """A state of step 5, with moments that are no zeros."""
-    fresh = step.init_state(NANO, OptimizerConfig(), 0, mesh)
+    fresh = step.init_state(NANO, AdafactorConfig(), 0, mesh)
     moments = jax.tree.map(lambda v: v + 0.5, fresh.opt_state.moments)
-    return step.TrainState(fresh.step + 5, fresh.params, AdafactorState(fresh.opt_state.count + 5, moments))
+    return step.TrainState(fresh.step + 5, fresh.params, OptimizerState(fresh.opt_state.count + 5, moments))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def openmoe(*arguments, cwd):
 
 
 def test_from_t5x_to_orbax_and_back_is_the_same_state(folder, state, mesh):
-    template = step.state_shapes(NANO, OptimizerConfig(), mesh)
+    template = step.state_shapes(NANO, AdafactorConfig(), mesh)
     there = ("convert", "t5x/checkpoint_5", "orbax", "--from", "t5x", "--to", "orbax", "--model", "openmoe-nano")
     result = openmoe(*there, cwd=folder)
     assert (result.returncode, result.stdout) == (0, "orbax/5\n"), result.stderr
@@ -83,7 +84,7 @@ def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):
     code, out, _ = convert(line)
     assert (code, out) == (0, "small/checkpoint_5\n")
     assert '"bfloat16"' in (folder / out.strip() / "target.decoder.decoder_norm.scale" / ".zarray").read_text()
-    restored = t5x.restore(out.strip(), step.state_shapes(NANO, OptimizerConfig(), mesh))
+    restored = t5x.restore(out.strip(), step.state_shapes(NANO, AdafactorConfig(), mesh))
     for name, array in t5x.arrays_by_name(restored).items():
         wanted = t5x.arrays_by_name(state)[name]
         wanted = wanted.astype("bfloat16").astype("float32") if name.startswith("target/") else wanted
@@ -154,8 +155,8 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
         "modeling_openmoe.py",
     ]
     template, fresh = (
-        step.state_shapes(NANO, OptimizerConfig(), mesh),
-        step.init_state(NANO, OptimizerConfig(), 0, mesh),
+        step.state_shapes(NANO, AdafactorConfig(), mesh),
+        step.init_state(NANO, AdafactorConfig(), 0, mesh),
     )
     wanted = fresh._replace(params=state.params)  # step 0, moments of zeros
 

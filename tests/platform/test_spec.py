@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.model.config import PRESETS, ExecutionConfig, ModelConfig, OptimizerConfig
+from openmoe.model.config import PRESETS, ExecutionConfig, ModelConfig
+from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, GroupConfig, MuonConfig, ScheduleConfig
 from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
 from openmoe.platform import spec, spec_sections, spec_source, spec_yaml
 
@@ -236,7 +237,11 @@ NUM_FIELDS = {
     spec_sections.BudgetsConfig: 8,
     ModelConfig: 34,
     ExecutionConfig: 4,
-    OptimizerConfig: 8,
+    AdafactorConfig: 11,
+    AdamWConfig: 10,
+    MuonConfig: 12,
+    ScheduleConfig: 5,
+    GroupConfig: 3,
     DataConfig: 12,
     SourceConfig: 8,
     StageConfig: 3,

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from openmoe.model.config import PRESETS, ExecutionConfig, OptimizerConfig
+from openmoe.model.config import PRESETS, ExecutionConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, tokenizer
 from openmoe.pipelines.config import DataError
@@ -73,7 +74,7 @@ def test_microbatches_keep_a_second_set_of_gradients():
 
 
 def test_adafactor_keeps_rows_and_columns_of_large_matrices_only():
-    shared, experts = validate_memory.adafactor_elements(PRESETS["openmoe-nano"], OptimizerConfig())
+    shared, experts = validate_memory.adafactor_elements(PRESETS["openmoe-nano"], AdafactorConfig())
     vocabulary, attention, ffn = 2 * (8576 + 128), 4 * (4 * 256), 4 * (640 + 384 + 384)
     routers, norms = 2 * 128 * 8, (2 * 4 + 2 + 1) * 128
     assert shared == vocabulary + attention + ffn + routers + norms

@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from openmoe.model import attention, sharding, step
-from openmoe.model.config import PRESETS, ExecutionConfig, OptimizerConfig
+from openmoe.model.config import PRESETS, ExecutionConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.platform import plan_compile, plan_hardware, plan_work, spec, validate_memory
 
 MEGACORE = {"chip_config_name": "megacore"}  # a chip's two cores as one device, as JAX has them on a v4
@@ -111,7 +112,7 @@ def compiled_step(config, mesh, execution, row_len=None):
     """A step on one routing group for each device."""
     row_len = row_len or config.group_size
     rows = mesh.size * config.group_size // row_len
-    optimizer = OptimizerConfig()
+    optimizer = AdafactorConfig()
     state = step.state_shapes(config, optimizer, mesh, execution)
     types = dict.fromkeys(("input_ids", "target_ids", "segment_ids", "positions"), jnp.int32)
     batch = {
