@@ -44,9 +44,15 @@ def init_state(
     """Draws the parameters where they will live; the same numbers on any mesh, stacked or not."""
     layout = _layout(config, optimizer_config, mesh)
     params = parameters.draw(declarations(config, mesh), layout.params, seed)
-    opt_state = _init_optimizer(config, optimizer_config, mesh)(params)
-    state = TrainState(jax.device_put(jnp.int32(0), layout.step), params, opt_state)
+    state = fresh_state(config, optimizer_config, mesh, params)
     return arranged(config, optimizer_config, mesh, execution, state)
+
+
+def fresh_state(config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, params: Any) -> TrainState:
+    """Returns the plain state of step 0 with these parameters, which lie where they will live."""
+    layout = _layout(config, optimizer_config, mesh)
+    opt_state = _init_optimizer(config, optimizer_config, mesh)(params)
+    return TrainState(jax.device_put(jnp.int32(0), layout.step), params, opt_state)
 
 
 @functools.lru_cache(maxsize=KEPT)

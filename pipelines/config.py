@@ -15,10 +15,10 @@ BLOCK_ROWS = 2000
 # A line or file above this is left out as too long; books reach tens of MB.
 MAX_DOCUMENT_BYTES = 128 * 2**20
 
-FORMATS = ("redpajama", "the_stack", "text")
+FORMATS = ("redpajama", "the_stack", "text", "chat")
 # How documents become inputs and targets: `ul2` with its six denoisers, `next_token` with every token a target,
-# `prefix_lm` with the last of the six alone.
-Objective = Literal["ul2", "next_token", "prefix_lm"]
+# `prefix_lm` with the last of the six alone, `chat` with the answers of conversations.
+Objective = Literal["ul2", "next_token", "prefix_lm", "chat"]
 
 _SOURCE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
@@ -34,7 +34,8 @@ class SourceConfig:
     Attributes:
       name: lower-case letters, digits, `_` and `-`; keys the source's randomness, so renaming reshuffles it.
       format: `redpajama` reads field `text` of .jsonl, .jsonl.zst and .jsonl.gz lines; `the_stack` reads
-        column `content` of Parquet; `text` takes every .txt, .txt.zst or .txt.gz file for one document.
+        column `content` of Parquet; `text` takes every .txt, .txt.zst or .txt.gz file for one document; `chat`
+        reads field `messages` of lines as `redpajama` has them, and makes a document of each answer (objective `chat`).
       paths: globs, local or gs://; every one must match at least one file.
       weight: share of the mixture's rows, relative to the other sources' weights; left out where `stages` say it.
       max_bad_share: the build stops when more than this share of the source's documents is unusable.
@@ -47,7 +48,7 @@ class SourceConfig:
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
 
     name: str
-    format: Literal["redpajama", "the_stack", "text"]
+    format: Literal["redpajama", "the_stack", "text", "chat"]
     paths: tuple[str, ...]
     weight: float | None = None
     max_bad_share: float = 0.01
@@ -59,7 +60,7 @@ class SourceConfig:
         if not _SOURCE_NAME.fullmatch(self.name):
             raise ValueError(f"name: lower-case letters, digits, _ and - wanted, got {self.name!r}")
         if self.format not in FORMATS:
-            raise ValueError(f"format: redpajama, the_stack or text, got {self.format!r}")
+            raise ValueError(f"format: redpajama, the_stack, text or chat, got {self.format!r}")
         if not self.paths or not all(self.paths):
             raise ValueError(f"paths: at least one non-empty glob wanted, got {list(self.paths)}")
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
@@ -81,8 +82,8 @@ class StageConfig:
     Attributes:
       until_tokens: where it ends, in tokens from the start of the run, whole rows; the last stage has no end.
       weights: shares of the stage's rows by source; a source that is not named, or has 0, is not read in it.
-      objective: how documents become inputs and targets: `ul2`, `next_token` or `prefix_lm`. A source begins anew,
-        with passes of its own, under an objective that it was not read with before.
+      objective: how documents become inputs and targets: `ul2`, `next_token`, `prefix_lm` or `chat`. A source
+        begins anew, with passes of its own, under an objective that it was not read with before.
     """
 
     __pydantic_config__: ClassVar[dict] = {"extra": "forbid", "strict": True}
@@ -107,7 +108,8 @@ class DataConfig:
       tokenizer: `builtin:small_8192`, or a path or gs:// URI of a SentencePiece model.
       num_sentinels: ids above the tokenizer's that mark UL2's masked spans.
       seq_len: tokens a row.
-      objective: how documents become inputs and targets: `ul2`, `next_token` or `prefix_lm`; `stages` have their own.
+      objective: how documents become inputs and targets: `ul2`, `next_token`, `prefix_lm` or `chat`, whose loss is on
+        answers only; `stages` have their own.
       packing: how `ul2` fills rows: `budgeted` to the last slots, or `reference` as the original did, 67 % full.
       seed: keys every permutation and every noise mask.
       sources: what is mixed.
@@ -137,7 +139,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
-            raise ValueError(f"objective: ul2, next_token or prefix_lm, got {self.objective!r}")
+            raise ValueError(f"objective: ul2, next_token, prefix_lm or chat, got {self.objective!r}")
         if not 64 <= self.seq_len <= 32768:
             raise ValueError(f"seq_len: must be in [64, 32768], got {self.seq_len}")
         if self.num_sentinels < self.seq_len // 8:
@@ -155,6 +157,7 @@ class DataConfig:
         self._check_sources()
         self._check_stages()
         self._check_packing()
+        self._check_chat()
 
     def streams(self) -> list[Stream]:
         """Returns what is read: by objective as the stages bring them up, then in the order of `sources`."""
@@ -199,6 +202,15 @@ class DataConfig:
         if self.packing == "reference" and self.seq_len % 2:
             wanted = "packing reference gives inputs and targets half a row each, an even number"
             raise ValueError(f"seq_len: {wanted}, got {self.seq_len}")
+
+    def _check_chat(self) -> None:
+        for stream in self.streams():
+            source = self.sources[stream.source]
+            if (source.format == "chat") != (stream.objective == "chat"):
+                wanted = "format chat and objective chat belong together"
+                raise ValueError(
+                    f"sources.{stream.source}.format: {wanted}, got {source.format} under {stream.objective}"
+                )
 
     def without(self, names: Collection[str]) -> DataConfig:
         """Returns the configuration without these sources; raises ValueError when a stage then reads nothing."""

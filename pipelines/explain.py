@@ -38,7 +38,7 @@ class Segment(NamedTuple):
     With packing `reference` a segment can be of several documents; those after the first are listed with no slots.
 
     Attributes:
-      denoiser: by name; `next_token` where there is none.
+      denoiser: by name; `next_token` or `chat` where there is none.
       origin: of the document.
       unit: of the source, as the manifest numbers them.
       document: of the unit.
@@ -119,7 +119,7 @@ def _segment(manifest: Manifest, stream: int, segment: np.void, tokens: np.ndarr
     fields = {name: int(segment[name]) for name in shards.SEGMENT.names or ()}
     text, vocabulary = tokenizer.load(manifest.tokenizer), manifest.vocabulary
     kind = fields["denoiser"]
-    prompt = vocabulary.prompts[ul2.DENOISERS[kind].mode] if kind != packing.NEXT_TOKEN else ()
+    prompt = vocabulary.prompts[ul2.DENOISERS[kind].mode] if kind < packing.NEXT_TOKEN else ()
     ids = tokens.tolist()
     return Segment(
         denoiser=packing.KINDS[kind],

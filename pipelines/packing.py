@@ -22,9 +22,11 @@ MAX_SLACK = 2  # slots: one more span costs a token and two sentinels
 LOOK_AHEAD = 64  # documents among which one is sought that fills a row well
 ROWS_AT_ONCE = 128  # rows whose noise is drawn together: their arrays stay in the cache
 
-# What a piece can be: the six denoisers, and plain text to be predicted. Stored in shards: add at the end alone.
-KINDS = (*(denoiser.name for denoiser in ul2.DENOISERS), "next_token")
+# What a piece can be: the six denoisers, plain text to be predicted, a prompt with its answer. Stored in shards: add at
+# the end alone.
+KINDS = (*(denoiser.name for denoiser in ul2.DENOISERS), "next_token", "chat")
 NEXT_TOKEN = len(ul2.DENOISERS)
+CHAT = NEXT_TOKEN + 1
 
 
 class Pieces(NamedTuple):

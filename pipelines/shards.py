@@ -100,13 +100,13 @@ class _Statistics:
 
     def counts(self) -> dict[str, Any]:
         pieces = dict(zip(packing.KINDS, self.pieces.tolist(), strict=True))
-        is_text = pieces.pop("next_token")
+        others = {kind: number for kind in ("next_token", "chat") if (number := pieces.pop(kind))}
         return {
             "rows": self.rows,
             "slots_used": self.slots_used,
             "loss_slots": self.loss_slots,
             "raw_tokens": self.raw_tokens,
-            "pieces": {"next_token": is_text} if is_text else pieces,
+            "pieces": others or pieces,
         }
 
 

@@ -15,16 +15,17 @@ import json
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openmoe.pipelines import storage
+from openmoe.pipelines import documents, storage
 from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataError, SourceConfig
+from openmoe.pipelines.documents import BadLine, Document
 from openmoe.pipelines.storage import FileInfo
 
-_SUFFIX = {"redpajama": ".jsonl", "text": ".txt"}
+_SUFFIX = {"redpajama": ".jsonl", "chat": ".jsonl", "text": ".txt"}
 _CODECS = {"": None, ".zst": "zstd", ".gz": "gzip"}
 _COLUMN = "content"
 # What pyarrow raises over a damaged file, found by trying: not only its own errors.
@@ -42,7 +43,7 @@ class Unit:
     """
 
     source: str
-    format: Literal["redpajama", "the_stack", "text"]
+    format: Literal["redpajama", "the_stack", "text", "chat"]
     path: str
     fingerprint: str  # of the file: size, and time of change or checksum
     start: int
@@ -71,24 +72,6 @@ class Unit:
         if self.files:
             return f"{len(self.files)} files from {self.path} on"
         return f"{self.path} [{self.start}, {self.stop})"
-
-
-class Document(NamedTuple):
-    """A document's text, valid Unicode."""
-
-    path: str
-    offset: int  # byte of its line, in the uncompressed file; row of a Parquet file
-    text: str
-    repaired: bool  # lone surrogates were replaced by U+FFFD
-
-
-class BadLine(NamedTuple):
-    """What was left out, and why."""
-
-    path: str
-    offset: int
-    reason: Literal["bad_json", "not_utf8", "no_text", "not_string", "empty", "too_long", "one_token"]
-    raw: bytes  # of one that is too long only the beginning, of a single token its text
 
 
 def inventory(source: SourceConfig, unit_bytes: int) -> list[Unit]:
@@ -123,7 +106,7 @@ def find(source: SourceConfig) -> dict[str, FileInfo]:
 def read(unit: Unit) -> Iterator[Document | BadLine]:
     """Yields every document of a unit and every line, row or file that is none, in order."""
     match unit.format:
-        case "redpajama":
+        case "redpajama" | "chat":
             records = ((unit.path, offset, line) for offset, line in _lines(unit))
         case "the_stack":
             records = ((unit.path, row, content) for row, content in _rows(unit))
@@ -135,14 +118,16 @@ def read(unit: Unit) -> Iterator[Document | BadLine]:
         elif len(raw) > unit.max_document_bytes:
             yield BadLine(path, offset, "too_long", raw)
         elif unit.format == "redpajama":
-            yield _parse_line(path, offset, raw)
+            yield documents.parse_line(path, offset, raw)
+        elif unit.format == "chat":
+            yield from documents.parse_chat(path, offset, raw)
         else:
-            yield _parse_text(path, offset, raw)
+            yield documents.parse_text(path, offset, raw)
 
 
 def is_compressed(unit: Unit) -> bool:
     """Returns whether a unit is a whole compressed file of lines, of unknown length."""
-    return unit.format == "redpajama" and _codec(unit.format, unit.path) is not None
+    return unit.format in ("redpajama", "chat") and _codec(unit.format, unit.path) is not None
 
 
 def windows(unit: Unit) -> Iterator[Iterator[Document | BadLine]]:
@@ -341,37 +326,3 @@ def _rows(unit: Unit) -> Iterator[tuple[int, bytes | None]]:
             for value in values:
                 yield row, value
                 row += 1
-
-
-def _parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
-    if not raw or raw.isspace():
-        return BadLine(path, offset, "empty", raw)
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return BadLine(path, offset, "not_utf8", raw)
-    except (ValueError, RecursionError):
-        return BadLine(path, offset, "bad_json", raw)
-    if not isinstance(record, dict) or record.get("text") is None:
-        return BadLine(path, offset, "no_text", raw)
-    if not isinstance(record["text"], str):
-        return BadLine(path, offset, "not_string", raw)
-    return _sanitize(path, offset, record["text"], raw)
-
-
-def _parse_text(path: str, row: int, raw: bytes) -> Document | BadLine:
-    try:
-        return _sanitize(path, row, raw.decode("utf-8"), raw)
-    except UnicodeDecodeError:
-        return BadLine(path, row, "not_utf8", raw)
-
-
-def _sanitize(path: str, offset: int, text: str, raw: bytes) -> Document | BadLine:
-    """Returns the document; ASCII-escaped JSON carries lone surrogates, on which tokenizers fail."""
-    if not text or text.isspace():
-        return BadLine(path, offset, "empty", raw)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return Document(path, offset, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
-    return Document(path, offset, text, False)

@@ -185,13 +185,13 @@ class _Table:
             return
         self._documents.append(record)
         self._repaired += record.repaired
-        self._characters += len(record.text)
+        self._characters += len(record.text) + len(record.answer or "")
         if self._characters >= _BATCH_CHARACTERS:
             self._encode()
 
     def _encode(self) -> None:
-        texts = [document.text.encode() for document in self._documents]
-        for document, utf8, tokens in zip(self._documents, texts, self._tokenizer.encode(texts), strict=True):
+        texts = [f"{document.text}{document.answer or ''}".encode() for document in self._documents]
+        for document, utf8, tokens in zip(self._documents, texts, self._ids(), strict=True):
             if len(tokens) < 2:  # nothing is left to predict of a single token
                 self._reject(BadLine(document.path, document.offset, "one_token", utf8))
                 continue
@@ -201,6 +201,16 @@ class _Table:
             self._columns["hash"].append(hashlib.blake2b(utf8, digest_size=16).digest())
             self._columns["tokens"].append(tokens)
         self._documents, self._characters = [], 0
+
+    def _ids(self) -> list[np.ndarray]:
+        """Returns the tokens of each document; between a prompt and its answer lies EOS, which no text becomes."""
+        encoded = self._tokenizer.encode([document.text.encode() for document in self._documents])
+        answered = [i for i, document in enumerate(self._documents) if document.answer is not None]
+        answers = self._tokenizer.encode([self._documents[i].answer or "" for i in answered])
+        eos = np.asarray([self._tokenizer.eos_id], np.uint32)
+        for i, answer in zip(answered, answers, strict=True):
+            encoded[i] = np.concatenate([encoded[i], eos, answer])
+        return encoded
 
     def _reject(self, bad: BadLine) -> None:
         where = {"path": bad.path, "offset": bad.offset, "reason": bad.reason}

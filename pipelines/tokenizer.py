@@ -50,6 +50,7 @@ class Tokenizer:
         if self._processor.eos_id() < 0:
             raise DataError(f"tokenizer: {uri} has no end-of-sequence piece; UL2 ends every part with one")
         self.text_vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
         # Implementations and versions cut the same text differently, so the version is part of the identity.
         version = sentencepiece.__version__.encode()
         self.fingerprint: str = hashlib.sha256(hashlib.sha256(proto).digest() + version).hexdigest()
@@ -74,7 +75,7 @@ class Tokenizer:
     def vocabulary(self, num_sentinels: int) -> Vocabulary:
         """Returns the ids that the UL2 objective needs, the mode prompts tokenized."""
         prompts = {m: tuple(map(int, self.encode([f"[{m}] "])[0])) for m in ("NLU", "NLG", "S2S")}
-        return Vocabulary(self.text_vocab_size, num_sentinels, self._processor.eos_id(), prompts)
+        return Vocabulary(self.text_vocab_size, num_sentinels, self.eos_id, prompts)
 
 
 @functools.lru_cache(maxsize=4)

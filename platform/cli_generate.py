@@ -23,7 +23,6 @@ Format = Literal["text", "ul2-nlu", "ul2-nlg", "ul2-s2s", "chat"]
 
 # The chat models were tuned on this form as plain text, so they often end an answer with the text `</s>` and not
 # with EOS (OpenMoE's script/inference_on_multi_devices.py).
-_CHAT = "<<SYS>>\nYou are a helpful, respectful and honest assistant.\n<</SYS>>\n\n<s>[INST] {} [/INST]"
 _CHAT_END = " ?</s>"
 # At the end of an unfinished text: bytes of a character that is not complete, or the beginning of `</s>`.
 _MAY_CHANGE = re.compile("(\N{REPLACEMENT CHARACTER}+| ?(<(/s?)?)?)\\Z")
@@ -117,8 +116,10 @@ class Answer:
 
 def _asked(text: str, style: Format, model: "Tokenizer", num_sentinels: int) -> Answer:
     """Writes a prompt as the format wants it."""
+    from openmoe.pipelines import chat
+
     if style in ("text", "chat"):
-        ids = model.encode([text if style == "text" else _CHAT.format(text)])[0].tolist()
+        ids = model.encode([text if style == "text" else chat.prompt(text)])[0].tolist()
         return Answer(text, ids, said_before=ids) if style == "text" else Answer(text, ids, end=_CHAT_END)
     vocabulary = model.vocabulary(num_sentinels)
     mode = style.removeprefix("ul2-").upper()

@@ -226,11 +226,11 @@ def _placed(run: RunDir, spec: RunSpec, start: Acceptance | None, mesh: Any, sta
     import jax
 
     from openmoe.model import step
-    from openmoe.platform import restore
+    from openmoe.platform import init_from, restore
 
     template = step.state_shapes(spec.model, spec.optimizer, mesh)
     if state is not None:
         return jax.device_put(state, jax.tree.map(lambda like: like.sharding, template))
     if start is not None:
         return restore.restored(run, start, template)[0]
-    return step.init_state(spec.model, spec.optimizer, spec.seed, mesh)
+    return init_from.initial_state(spec, mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.sharding import Mesh
 
 from openmoe.model import sample, step
-from openmoe.pipelines import tokenizer
+from openmoe.pipelines import chat, tokenizer
 from openmoe.platform.recorder import Recorder
 from openmoe.platform.spec import RunSpec
 
@@ -21,15 +21,17 @@ SAMPLING = sample.Sampling(temperature=0.7)
 def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: Recorder) -> None:
     """Samples `train.sample_tokens` tokens for each prompt and journals the texts; all processes must call it.
 
-    A prompt takes the form in which the run's last rows had it: plain text after next-token prediction, else UL2's
-    prefix form, which is mode prompt "[S2S] ", text, EOS, then the continuation.
+    A prompt takes the form in which the run's last rows had it: plain text after next-token prediction, a question
+    after conversations, else UL2's prefix form, which is mode prompt "[S2S] ", text, EOS, then the continuation.
     """
     if spec.train.sample_tokens == 0:
         return
     model = tokenizer.load(spec.data.tokenizer)
     vocabulary = model.vocabulary(spec.data.num_sentinels)
-    prompts = [ids.tolist() for ids in model.encode(list(PROMPTS))]
-    if spec.data.objective_at(int(state.step) * spec.train.batch_rows * spec.data.seq_len) != "next_token":
+    objective = spec.data.objective_at(int(state.step) * spec.train.batch_rows * spec.data.seq_len)
+    asked = [chat.prompt(text) if objective == "chat" else text for text in PROMPTS]
+    prompts = [ids.tolist() for ids in model.encode(asked)]
+    if objective not in ("next_token", "chat"):
         prompts = [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in prompts]
     with recorder.charged("sample"):
         continuations = _drawn(spec, mesh, state, model, prompts)

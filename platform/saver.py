@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from openmoe.model import checkpoint, interop, step
 from openmoe.pipelines import storage
-from openmoe.platform import lineage, restore
+from openmoe.platform import init_from, lineage, restore
 from openmoe.platform.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.lineage import Acceptance, Claim, Position
 from openmoe.platform.notice import Notice
@@ -55,7 +55,8 @@ class Saver:
     def restore(self, mesh: Mesh) -> tuple[step.TrainState, Position]:
         """Returns the state, in its plain form, and the position to go on from.
 
-        They are, in this order: those of the newest accepted checkpoint; those of a run from scratch.
+        They are, in this order: those of the newest accepted checkpoint; from the start, with the parameters
+        that `init_from` names; from scratch.
 
         Raises:
           DamagedCheckpoint: it is missing, unreadable, or its bits differ from those that were accepted.
@@ -64,7 +65,7 @@ class Saver:
         spec = self._spec
         accepted = next((a for a in self._run.acceptances() if a.number == self._claim.resumes), None)
         if accepted is None:
-            state = step.init_state(spec.model, spec.optimizer, spec.seed, mesh)
+            state = init_from.initial_state(spec, mesh, self._recorder.event)
             self._recorder.begin(Position(), "", 0)
             self._pace.begin(0)
             return state, Position()

@@ -42,6 +42,11 @@ class RunSpec(Section):
         min_length=1,
         description="Local folder into which Python's own library is written first, as sample text and code.",
     )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Run directory, or one checkpoint of Orbax, whose parameters a new run begins with; at step 0.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="Of initialisation, order, noise and mixture.")
     model: ModelConfig
     data: DataConfig
@@ -92,7 +97,7 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:
     problems = [*source.problems, *_resolve_preset(source.values), *_share_seed(source.values)]
     problems += [*_resolve_stages(source.values), *_resolve_batch(source)]
     refused = {problem.path for problem in problems}
-    problems += [problem for problem in spec_optimizer.resolve(source.values) if problem.path not in refused]
+    problems += [problem for problem in spec_optimizer.resolve(source) if problem.path not in refused]
     refused |= {problem.path for problem in problems}
     try:
         spec = RunSpec.model_validate_json(json.dumps(source.values))
@@ -131,7 +136,9 @@ def mathematics(spec: RunSpec) -> dict[str, Any]:
     for field in fields(ModelConfig):  # runs from before there were these settings keep their hash
         if field.name in LATER_MODEL_FIELDS and values["model"][field.name] == field.default:
             del values["model"][field.name]
+    begins_with = {} if spec.init_from is None else {"init_from": spec.init_from.rstrip("/").rpartition("/")[2]}
     return {
+        **begins_with,
         **{section: values[section] for section in HASHED_SECTIONS},
         "train": {field: values["train"][field] for field in HASHED_TRAIN_FIELDS},
     }

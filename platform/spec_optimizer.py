@@ -10,31 +10,38 @@ from typing import Any, get_args
 
 from openmoe.model.optimizer_config import IN_TOKENS, AdafactorConfig, OptimizerConfig, ScheduleConfig
 from openmoe.platform.spec_errors import Problem, join, show
+from openmoe.platform.spec_source import Source
 
 CHOICES = {choice.name: choice for choice in get_args(OptimizerConfig)}
 
 
-def resolve(values: dict[str, Any]) -> list[Problem]:
-    """Names the optimizer if the file does not, and replaces lengths in tokens by steps."""
-    optimizer = values.get("optimizer")
+def resolve(source: Source) -> list[Problem]:
+    """Names the optimizer if the file does not, and replaces lengths in tokens by steps.
+
+    Of a length in steps and the same in tokens an override wins. The batch must be in rows by now.
+    """
+    optimizer = source.values.get("optimizer")
     if not isinstance(optimizer, dict):
         return []
     optimizer.setdefault("name", "adafactor")
-    step_tokens = _step_tokens(values)
-    problems = _in_steps(optimizer, "optimizer", step_tokens)
+    step_tokens = _step_tokens(source.values)
+    problems = _in_steps(source, optimizer, "optimizer", step_tokens)
     if isinstance(schedule := optimizer.get("schedule"), dict):
-        problems += _in_steps(schedule, "optimizer.schedule", step_tokens)
+        problems += _in_steps(source, schedule, "optimizer.schedule", step_tokens)
     return problems
 
 
-def _in_steps(section: dict[str, Any], place: str, step_tokens: int | None) -> list[Problem]:
+def _in_steps(source: Source, section: dict[str, Any], place: str, step_tokens: int | None) -> list[Problem]:
     problems = []
     for steps, tokens in IN_TOKENS.items():
         if tokens not in section:
             continue
         value = section.pop(tokens)
-        if section.get(steps) is not None:
-            problems.append(Problem(join(place, tokens), f"{steps} is given too; remove one (or {place}.{steps}=null)"))
+        overridden = [source.origins.get(join(place, name)) == "override" for name in (tokens, steps)]
+        if section.get(steps) is not None and overridden == [False, True]:
+            continue
+        if section.get(steps) is not None and overridden != [True, False]:
+            problems.append(Problem(join(place, tokens), f"{steps} is given too; remove one"))
         elif type(value) is not int or value < 1:
             problems.append(Problem(join(place, tokens), f"must be whole tokens, at least 1, got {show(value)}"))
         elif step_tokens:  # else what a step has is wrong, and said

@@ -22,8 +22,9 @@ def with_absolute_paths(spec: RunSpec) -> RunSpec:
         sources=tuple(replace(source, paths=tuple(map(absolute, source.paths))) for source in spec.data.sources),
     )
     paths = {key: absolute(getattr(spec, key)) for key in ("run_dir", "data_dir")}
-    if spec.sample_corpus:
-        paths["sample_corpus"] = absolute(spec.sample_corpus)
+    for key in ("sample_corpus", "init_from"):
+        if given := getattr(spec, key):
+            paths[key] = absolute(given)
     cache = spec.cluster.compile_cache
     cluster = spec.cluster.model_copy(update={"compile_cache": cache if cache in (None, "none") else absolute(cache)})
     return spec.model_copy(update={**paths, "data": data, "cluster": cluster})

@@ -20,7 +20,7 @@ from openmoe.platform.spec import RunSpec
 
 # UL2 rows of 2,048 tokens hold 1,920 to 1,933 tokens of text, whichever the corpus; the rest are prompts,
 # sentinels and ends. Packed as the original did it, they hold 1,280.
-TEXT_SHARE_OF_ROW = {"ul2": 0.94, "prefix_lm": 0.99, "next_token": 1.0}
+TEXT_SHARE_OF_ROW = {"ul2": 0.94, "prefix_lm": 0.99, "next_token": 1.0, "chat": 0.9}
 TEXT_SHARE_OF_REFERENCE_ROW = 0.625
 
 

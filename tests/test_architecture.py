@@ -54,6 +54,7 @@ PURE = (
 )  # fmt: skip
 FILES = (
     "journal", "run_dir", "recorder", "event_files", "saver", "restore", "checkpoints", "sampling", "prefetch",
+    "init_from",
     "train_loop", "report", "replay",
     "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data",
     "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",

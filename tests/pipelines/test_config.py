@@ -13,7 +13,7 @@ DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources":
     ("change", "message"),
     [
         ({"name": "C4 en"}, "name: lower-case letters, digits, _ and - wanted, got 'C4 en'"),
-        ({"format": "csv"}, "format: redpajama, the_stack or text, got 'csv'"),
+        ({"format": "csv"}, "format: redpajama, the_stack, text or chat, got 'csv'"),
         ({"max_quarantined_units": -1}, "max_quarantined_units: must be at least 0, got -1"),
         ({"missing": "ignore"}, "missing: stop or renormalize, got 'ignore'"),
         ({"max_document_bytes": 0}, r"max_document_bytes: must be in \[1, 2\^31\), got 0"),
@@ -31,7 +31,7 @@ def test_a_source_that_makes_no_sense_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "t5"}, "objective: ul2, next_token or prefix_lm, got 't5'"),
+        ({"objective": "t5"}, "objective: ul2, next_token, prefix_lm or chat, got 't5'"),
         ({"packing": "tight"}, "packing: budgeted or reference, got 'tight'"),
         (
             {"packing": "reference", "seq_len": 513},

@@ -134,8 +134,8 @@ def test_a_segment_that_runs_over_several_documents_is_one_segment_to_a_trainer(
 
 
 def test_stored_kinds_keep_their_numbers():
-    assert packing.KINDS == ("R3", "R8", "X3", "X8", "X64", "S", "next_token")
-    assert [packing.KINDS[k] for k in (ul2.PREFIX_LM, packing.NEXT_TOKEN)] == ["S", "next_token"]
+    assert packing.KINDS == ("R3", "R8", "X3", "X8", "X64", "S", "next_token", "chat")
+    assert [packing.KINDS[k] for k in (ul2.PREFIX_LM, packing.NEXT_TOKEN, packing.CHAT)] == ["S", "next_token", "chat"]
 
 
 def test_rows_follow_the_documents_in_their_order():

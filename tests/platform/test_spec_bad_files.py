@@ -29,7 +29,12 @@ cluster:
   devices_per_worker: 2
 """
 
-TOP = "name, run_dir, data_dir, sample_corpus, seed, model, data, train, optimizer, mesh, execution, cluster, budgets"
+TOP = (
+    "name, run_dir, data_dir, sample_corpus, init_from, seed, model, data, train, optimizer, mesh, execution, cluster, "
+    "budgets, trackers"
+)
+
+SHIPPED = "openmoe_8b, openmoe_8b_chat, quickstart, twin"
 
 # name: (text in GOOD, what stands there instead, the whole message after "<file>:")
 WORDS = {
@@ -220,7 +225,7 @@ KEYS_AND_TYPES = {
     "choice misspelt": (
         "format: redpajama",
         "format: redpyjama",
-        "10: data.sources.0.format: must be one of redpajama, the_stack, text; got 'redpyjama'; "
+        "10: data.sources.0.format: must be one of redpajama, the_stack, text, chat; got 'redpyjama'; "
         "did you mean `redpajama`?",
     ),
     "zero steps": ("steps: 100\n", "steps: 0\n", "14: train.steps: must be >= 1, got 0"),
@@ -378,7 +383,7 @@ LENGTHS_AND_STAGES = {
     ),
     "an objective that is not known": (
         *stages(f"objective: next_tokens, {BOTH}"),
-        "12: data.stages.0.objective: must be one of ul2, next_token, prefix_lm; got 'next_tokens'; "
+        "12: data.stages.0.objective: must be one of ul2, next_token, prefix_lm, chat; got 'next_tokens'; "
         "did you mean `next_token`?",
     ),
     "an objective beside stages": (
@@ -505,9 +510,12 @@ def test_a_flood_of_problems_is_cut_to_a_screenful(tmp_path):
     [
         (
             "missing.yaml",
-            "missing.yaml: no such file; give its path, or a shipped name (openmoe_8b, quickstart, twin)",
+            f"missing.yaml: no such file; give its path, or a shipped name ({SHIPPED})",
         ),
-        ("/tmp", "/tmp: no such file; give its path, or a shipped name (openmoe_8b, quickstart, twin)"),
+        (
+            "/tmp",
+            f"/tmp: no such file; give its path, or a shipped name ({SHIPPED})",
+        ),
         ("quikstart", "quikstart: no run file of this name is shipped; did you mean `quickstart`?"),
     ],
 )

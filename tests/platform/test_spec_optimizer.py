@@ -57,14 +57,19 @@ def test_a_length_is_the_same_in_steps_and_in_tokens(warmup, steady, cooldown, i
     ]
     values = {"optimizer": yaml.safe_load(f"{{{written[0]}, schedule: {{name: wsd, {written[1]}, {written[2]}}}}}")}
     values |= {"train": {"batch_rows": 4}, "data": {"seq_len": 512}}
-    assert spec_optimizer.resolve(values) == []
+    source = spec_source.Source(kind=spec_source.RUN_FILE, where="x", values=values, origins={})
+    assert spec_optimizer.resolve(source) == []
     schedule = {"name": "wsd", "end_steps": end, "cooldown_steps": cooldown}
     assert values["optimizer"] == {"name": "adafactor", "warmup_steps": warmup, "schedule": schedule}
 
 
 def test_tokens_are_rounded_to_whole_steps_of_the_batch():
-    assert optimizer("optimizer={warmup_tokens: 1000000}", "train.batch_rows=8").warmup_steps == 244
     assert optimizer("optimizer={warmup_tokens: 1}").warmup_steps == 1
+    assert optimizer("optimizer={warmup_tokens: 1000000}", "train.batch_rows=8").warmup_steps == 244
+
+
+def test_an_override_in_tokens_wins_over_the_steps_of_the_file():
+    assert optimizer("optimizer.warmup_tokens=204800").warmup_steps == 100
 
 
 BAD = {
@@ -94,8 +99,8 @@ BAD = {
         "override: optimizer.schedule.end_steps: must leave room for warmup_steps=25 and cooldown_steps=80, got 100",
     ),
     "steps and tokens": (
-        "optimizer.warmup_tokens=4096",
-        "override: optimizer.warmup_tokens: warmup_steps is given too; remove one (or optimizer.warmup_steps=null)",
+        "optimizer={warmup_tokens: 4096, warmup_steps: 3}",
+        "override: optimizer.warmup_tokens: warmup_steps is given too; remove one",
     ),
     "half a token": (
         "optimizer={warmup_tokens: 0.5}",

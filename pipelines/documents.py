@@ -1,0 +1,93 @@
+"""A document, made of a line, a row or a file; or why it is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from openmoe.pipelines import chat
+
+
+class Document(NamedTuple):
+    """A document's text, valid Unicode."""
+
+    path: str
+    offset: int  # byte of its line, in the uncompressed file; row of a Parquet file
+    text: str
+    repaired: bool  # lone surrogates were replaced by U+FFFD
+    answer: str | None = None  # to the text, of a conversation
+
+
+REASONS = (
+    *("bad_json", "not_utf8", "no_text", "not_string", "empty", "too_long", "one_token"),
+    *("no_messages", "bad_roles"),  # of conversations
+)
+
+
+class BadLine(NamedTuple):
+    """What was left out, and why."""
+
+    path: str
+    offset: int
+    reason: str  # one of REASONS
+    raw: bytes  # of one that is too long only the beginning, of a single token its text
+
+
+def _parse_json(path: str, offset: int, raw: bytes) -> Any:
+    """Returns the value of a line, or the BadLine that it is."""
+    if not raw or raw.isspace():
+        return BadLine(path, offset, "empty", raw)
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return BadLine(path, offset, "not_utf8", raw)
+    except (ValueError, RecursionError):
+        return BadLine(path, offset, "bad_json", raw)
+
+
+def parse_chat(path: str, offset: int, raw: bytes) -> Iterator[Document | BadLine]:
+    """Yields a document for each answer of a conversation."""
+    record = _parse_json(path, offset, raw)
+    found = record if isinstance(record, BadLine) else chat.examples(record)
+    if isinstance(found, BadLine):
+        yield found
+    elif isinstance(found, str):
+        yield BadLine(path, offset, found, raw)
+    else:
+        for example in found:
+            asked, answered = (_sanitize(path, offset, text, raw) for text in example)
+            assert isinstance(asked, Document)  # neither is empty
+            assert isinstance(answered, Document)
+            yield asked._replace(answer=answered.text, repaired=asked.repaired or answered.repaired)
+
+
+def parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
+    """Returns the document of a line of RedPajama."""
+    record = _parse_json(path, offset, raw)
+    if isinstance(record, BadLine):
+        return record
+    if not isinstance(record, dict) or record.get("text") is None:
+        return BadLine(path, offset, "no_text", raw)
+    if not isinstance(record["text"], str):
+        return BadLine(path, offset, "not_string", raw)
+    return _sanitize(path, offset, record["text"], raw)
+
+
+def parse_text(path: str, row: int, raw: bytes) -> Document | BadLine:
+    """Returns the document of a whole file, or of a row of one."""
+    try:
+        return _sanitize(path, row, raw.decode("utf-8"), raw)
+    except UnicodeDecodeError:
+        return BadLine(path, row, "not_utf8", raw)
+
+
+def _sanitize(path: str, offset: int, text: str, raw: bytes) -> Document | BadLine:
+    """Returns the document; ASCII-escaped JSON carries lone surrogates, on which tokenizers fail."""
+    if not text or text.isspace():
+        return BadLine(path, offset, "empty", raw)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return Document(path, offset, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
+    return Document(path, offset, text, False)
