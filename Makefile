@@ -2,6 +2,7 @@
 # make check        lint, format, types                                     make test-faults   kills of real runs
 # make wheel        dist/openmoe-*.whl, as Ray jobs carry it                make lock          new versions and hashes
 # make test-interop   exports in PyTorch and transformers, which it installs in .venv-interop
+# make test-gpu     on a machine with a GPU, by the Python there, whose JAX is one for GPUs (with pytest, flax, optax)
 # make demo-preemption   a fake TPU slice is taken away from a run, which goes on on another (Linux; 4 minutes)
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -12,13 +13,13 @@ PYTEST := $(BIN)/python -m pytest
 # A run is a dozen Python processes: importing takes each of them 3 s of CPU, and 10 s if nothing is kept compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-interop test-tpu test-faults demo-preemption check format wheel wheel-check lock clean
+.PHONY: quickstart test test-interop test-tpu test-gpu test-faults demo-preemption check format wheel wheel-check lock clean
 
 quickstart: $(READY)
 	$(BIN)/openmoe quickstart
 
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadfile -m "not faults" --ignore=tests/tpu --ignore=tests/interop $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile -m "not faults" --ignore=tests/tpu --ignore=tests/interop --ignore=tests/gpu $(ARGS)
 
 # Compiled by the TPU's own compiler, libtpu, which needs no TPU for that (Linux; 3 minutes).
 test-tpu: .venv-tpu/.ready
@@ -41,8 +42,11 @@ test-interop: .venv-interop/.ready
 		{ read -r new; read -r ours; echo "import site; site.addsitedir('$$ours')" >$$new/openmoe.pth; }
 	@touch $@
 
+test-gpu:
+	$(PYTHON) -m pytest --confcutdir=tests/gpu tests/gpu $(ARGS)
+
 test-faults: $(READY)
-	$(PYTEST) -m faults $(ARGS)
+	$(PYTEST) -m faults --ignore=tests/gpu $(ARGS)
 
 demo-preemption: $(READY)
 	docs/demo_preemption.sh

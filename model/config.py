@@ -260,7 +260,6 @@ _NEXT = replace(
     num_experts=64,
     top_k=8,
     moe_every=1,
-    init_scale=1.0,
     aux_loss_weight=0.0,
     ffn="swiglu",
     extra_mlp="parallel",

@@ -10,8 +10,8 @@ devices meet on one. With a single device along the axis that is no more than th
 exchanged. All moves are gathers, in both directions of the derivative,
 and sums have one order: results repeat bit by bit.
 
-JAX cannot run `ragged_all_to_all` on CPU, and its `ragged_dot` there multiplies all rows by all kernels. Both have a
-substitute here, which is chosen when a program is compiled for CPU.
+JAX cannot run `ragged_all_to_all` on CPU, and its `ragged_dot` multiplies all rows by all kernels on CPUs and NVIDIA's
+GPUs. Both have a substitute here, which is chosen when a program is compiled for such a device.
 
 Axes: n tokens of the device, K = top_k, d d_model, m = n * K choices of the device; p devices along the axis,
 E experts, e = E / p experts of the device, r rows at them (m for one device, else p * m); [a, b] one kernel.
@@ -31,7 +31,7 @@ from openmoe.model.gather import gather_rows
 from openmoe.model.layers import GatedWeights, Multiply
 from openmoe.model.routing import choices_per_expert
 
-BLOCK_ROWS = 256  # of one product on CPU: enough that it runs at full speed
+BLOCK_ROWS = 256  # of one product: enough that a CPU runs at full speed, and a GPU at more than half of it
 STRIP_ROWS = 64  # the same at the end of an expert's rows, where half of them are wasted
 
 KERNEL_GRADIENT = jax.lax.RaggedDotDimensionNumbers(  # [r, a], [r, b] to [e, a, b]: r is contracted, in e pieces
@@ -191,7 +191,7 @@ def grouped_product(rows: Array, kernels: Array, group_sizes: Array) -> Array:
     Returns:
       [r, b], in the type of rows.
     """
-    return jax.lax.platform_dependent(rows, kernels, group_sizes, cpu=_product_by_blocks, default=jax.lax.ragged_dot)
+    return _by_platform(_product_by_blocks, jax.lax.ragged_dot, rows, kernels, group_sizes)
 
 
 def _grouped_product_forward(
@@ -202,16 +202,16 @@ def _grouped_product_forward(
 
 def _grouped_product_backward(saved: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
     rows, kernels, group_sizes = saved
-    d_rows = jax.lax.platform_dependent(
-        cotangent, kernels, group_sizes, cpu=_transposed_product_by_blocks, default=_transposed_product
-    )
-    d_kernels = jax.lax.platform_dependent(
-        rows, cotangent, group_sizes, cpu=_kernel_gradient_by_blocks, default=_kernel_gradient
-    )
+    d_rows = _by_platform(_transposed_product_by_blocks, _transposed_product, cotangent, kernels, group_sizes)
+    d_kernels = _by_platform(_kernel_gradient_by_blocks, _kernel_gradient, rows, cotangent, group_sizes)
     return d_rows, d_kernels.astype(kernels.dtype), None
 
 
 grouped_product.defvjp(_grouped_product_forward, _grouped_product_backward)
+
+
+def _by_platform(by_blocks: Callable[..., Array], ragged: Callable[..., Array], *given: Array) -> Array:
+    return jax.lax.platform_dependent(*given, cpu=by_blocks, cuda=by_blocks, default=ragged)
 
 
 def _transposed_product(rows: Array, kernels: Array, group_sizes: Array) -> Array:

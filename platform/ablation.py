@@ -39,7 +39,7 @@ SCALES: dict[str, ModelConfig] = {
     ),
 }
 # What openmoe-next-* have in common, whatever their size.
-NEXT_SETTINGS = ("init_scale", "aux_loss_weight", "moe_every", *(name for name in DEPARTURES if name != "d_ff_expert"))
+NEXT_SETTINGS = ("aux_loss_weight", "moe_every", *(name for name in DEPARTURES if name != "d_ff_expert"))
 
 
 class Variant(NamedTuple):
@@ -79,6 +79,11 @@ def _every_layer(base: ModelConfig) -> dict[str, Any]:
         "d_ff": _divided(base.d_ff * (every + top_k), every * (1 + top_k)),
         "num_experts": _divided(base.num_experts * (1 + top_k), every + top_k),
     }
+
+
+def _coarse(base: ModelConfig) -> dict[str, Any]:
+    names = ("no-padding", "capacity-top-k", "renormalized", "qk-norm", "swiglu", "parallel-mlp", "reset-positions")
+    return {key: value for name in names for key, value in VARIANTS[name].changes(base).items()}
 
 
 def _next(base: ModelConfig) -> dict[str, Any]:
@@ -172,9 +177,14 @@ VARIANTS: dict[str, Variant] = {
     ),
     "init-scale": Variant(
         lambda base: {"init_scale": 1.0},
-        "kernels begin with ten times the variance; no switch, but openmoe-next-* begin so",
-        "the original's tenth is for the stability of large models; without this row it would count as `next`'s merit",
+        "kernels begin with ten times the variance, as they commonly do; no switch",
+        "to know what the original's tenth is worth, which was meant for the stability of large models",
         "2101.03961",
+    ),
+    "coarse": Variant(
+        _coarse,
+        "padding kept out, capacity by top-k, renormalised gates, QK-norm, SwiGLU and the parallel block together",
+        "how far one gets with the original's experts: their number, size, layers, softmax and auxiliary loss",
     ),
     NEXT: Variant(
         _next,

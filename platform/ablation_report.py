@@ -38,9 +38,17 @@ NOT_SHOWN = (
     "**Padding.** These rows are packed to the last slots, with under 1 % padding (`openmoe data inspect quickstart`); "
     "emptier ones would show more.",
     "**Tuning.** All have the baseline's learning rate and schedule, which may suit it better than others.",
-    "**Speed.** Tokens/s are those of the machine as busy as it was, one run after the other, and on CPU say nothing "
-    "about accelerators: dropless routing has other kernels there.",
+    "**Speed.** Tokens/s are those of the machine as busy as it was, with several runs side by side maybe, and steps "
+    "this small leave an accelerator waiting: `benchmarks/model_step.py` compares speed.",
     "**Seeds.** A few give an idea of the spread and are no test; of this many variants one may look better by chance.",
+)
+
+# Why openmoe-next-* are what they are, in view of the results that are shipped.
+CHOSEN = (
+    "What `openmoe-next-*` make of it: they keep the original's small initial kernels, without which both scales are",
+    "worse, and take the switches of `coarse`, which are better at 100m. Fine-grained experts in every layer, the",
+    "sigmoid router and balance by bias gain nothing in so short a training; they are in it on the word of OLMoE and",
+    "DeepSeek-V3, who measured over hundreds of billions of tokens. Who goes by this page alone takes `coarse`.",
 )
 
 
@@ -66,6 +74,8 @@ def page(sections: Sequence[Section], folder: str) -> str:
         "the model's code, remove the files that it makes wrong.",
         "",
         "Widths are chosen so that in all variants as many parameters act on a token.",
+        "",
+        *CHOSEN,
         "",
         *_markdown(("variant", "what changes", "why", "paper"), [_described(name) for name in VARIANTS]),
     ]

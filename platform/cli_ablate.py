@@ -44,12 +44,12 @@ def ablate(
     plan = Plan(scale=first, base=SCALES[first], tokens=tokens, seeds=seeds, only=tuple(only or ()))
 
     from openmoe.pipelines import storage
-    from openmoe.platform import ablation_report, ablation_run, progress, tables
+    from openmoe.platform import ablation_data, ablation_report, ablation_run, progress, tables
 
     if scale is None and (found := ablation_run.default_scale()) != first:
         plan = replace(plan, scale=found, base=SCALES[found])
     with progress.ProgressReport() as show:
-        rows = ablation_run.rows_of(data, plan.tokens // SEQ_LEN, show)
+        rows = ablation_data.rows_of(data, plan.tokens // SEQ_LEN, show)
         ran = ablation_run.run(plan, storage.join(out, plan.scale), rows, show)
     sections = ablation_run.write_page(out, plan, rows.data_id)
     summaries = next(section.summaries for section in sections if section.scale == plan.scale)

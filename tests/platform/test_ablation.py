@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from openmoe.model import counts
 from openmoe.model.config import DEPARTURES, PRESETS
 from openmoe.pipelines import stdlib_corpus
-from openmoe.platform import ablation, ablation_report, ablation_run, cli, progress
+from openmoe.platform import ablation, ablation_data, ablation_report, ablation_run, cli, progress
 from openmoe.platform.ablation import SCALES, VARIANTS, Outcome, Plan, Summary
 from openmoe.platform.ablation_report import Section
 from openmoe.platform.spec_errors import SpecError
@@ -46,6 +47,14 @@ def test_the_combination_has_all_settings_of_the_presets_but_their_sizes(preset)
         sizes = {"num_layers", "num_heads", "head_dim", "d_model", "d_ff", "d_ff_expert", "num_experts", "top_k"}
         sizes |= {"vocab_size", "text_vocab_size", "group_size", "dtype"}
         assert {name for name in ours if ours[name] != theirs[name]} <= sizes
+
+
+@pytest.mark.parametrize(("scale", "missing"), [("small", set()), ("100m", {"next"})])
+def test_the_results_that_are_shipped_are_those_of_today_s_variants(scale, missing):
+    found = ablation_run.load_outcomes(str(Path(__file__).parents[2] / "docs" / "ablations" / scale))
+    (data_id,) = {outcome.data_id for outcome in found.values()}
+    plan = Plan(scale=scale, base=SCALES[scale], tokens=1_048_576, seeds=3)
+    assert {variant for variant, _ in ablation.still_to_run(plan, data_id, found)} == missing
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -226,7 +235,7 @@ def test_two_variants_are_run_from_two_seeds_and_never_again(data, monkeypatch):
 
 def test_more_tokens_than_the_corpus_has_are_refused_with_their_number(data):
     with progress.ProgressReport() as show, pytest.raises(SpecError, match=r"--tokens 5120000: the corpus has [\d,]+ "):
-        ablation_run.rows_of(f"{data}/data", 10_000, show)
+        ablation_data.rows_of(f"{data}/data", 10_000, show)
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
