@@ -113,7 +113,7 @@ def _executions(spec: RunSpec, mesh: MeshConfig) -> Iterator[ExecutionConfig]:
 
 def _is_impossible(spec: RunSpec, machines: Machines) -> bool:
     crosses = machines.slices > 1 and spec.mesh.data % machines.slices
-    sections = ("model", "data", "train", "mesh", "execution", "cluster")
+    sections = ("model", "data", "train", "optimizer", "mesh", "execution", "cluster")
     return bool(crosses or spec_checks.impossible_combinations(**{name: getattr(spec, name) for name in sections}))
 
 
