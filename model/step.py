@@ -146,12 +146,25 @@ def transformation(
 
 @functools.lru_cache(maxsize=KEPT)
 def make_train_step(
-    config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
+    config: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+    execution: ExecutionConfig = PLAIN,
+    *,
+    skip_bad_numbers: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the compiled step, which consumes the state it is given.
 
     Rows of a microbatch must divide over the mesh's batch axes and the parts of it that are accumulated so that each
     device holds whole routing groups of each part.
+
+    Args:
+      config: of the model.
+      optimizer_config: of the optimizer.
+      mesh: over whose devices the state and the rows are divided.
+      execution: how it is carried out.
+      skip_bad_numbers: a step whose loss or gradients are not finite is counted and changes nothing else, and the
+        metric `update_skipped` is 1.
     """
     transform = transformation(config, optimizer_config, mesh, execution)
     rate = schedule.learning_rate(optimizer_config)
@@ -165,6 +178,12 @@ def make_train_step(
         metrics["grad_norm"] = jnp.asarray(optax.tree.norm(grads))
         metrics["learning_rate"] = jnp.asarray(rate(state.step))
         metrics["batch_checksum"] = checksum.batch_checksum(batch)
+        if skip_bad_numbers:
+            is_sound = jnp.isfinite(metrics["total_loss"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["update_skipped"] = 1 - is_sound.astype(jnp.float32)
+            choose = functools.partial(jnp.where, is_sound)
+            params = jax.tree.map(choose, params, state.params)
+            opt_state = jax.tree.map(choose, opt_state, state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     layout = _layout(config, optimizer_config, mesh, execution)
@@ -173,6 +192,51 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
+    )
+
+
+class EvalSums(NamedTuple):
+    """Sums over the loss-carrying positions of each row, kind by kind: float32[rows, kinds] each."""
+
+    cross_entropy: Array
+    tokens: Array  # positions
+    text_cross_entropy: Array  # where the target is a piece of text, not a sentinel
+    text_tokens: Array
+
+
+def make_eval_step(
+    config: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+    execution: ExecutionConfig = PLAIN,
+    *,
+    num_kinds: int,
+) -> Callable[[Any, Batch], EvalSums]:
+    """Returns the compiled (parameters, batch) -> sums, with the capacity that experts have at evaluation.
+
+    Its batch is one part of a microbatch, [1, rows, seq] for each key, and `kinds`, int32: which sum a position belongs
+    to; one whose kind is not in [0, num_kinds) counts for nothing. The sums are the same on all devices.
+    """
+
+    def eval_step(params: Any, batch: Batch) -> EvalSums:
+        rows = {key: values[0] for key, values in batch.items()}
+        output = transformer.forward(config, mesh, params, rows, train=False, execution=execution)
+        weights, targets, head = rows["loss_weights"], rows["target_ids"], transformer.head_of(params)
+        _, per_token = losses.vocabulary_loss(output.hidden, head, targets, weights, z_loss_weight=0, mesh=mesh)
+        is_of_kind = rows["kinds"][..., None] == jnp.arange(num_kinds)  # [rows, seq, kinds]
+
+        def by_kind(values: Array) -> Array:
+            return jnp.sum(jnp.where(is_of_kind, values[..., None], 0), axis=1)
+
+        text_weights = weights * (targets < config.text_vocab_size)
+        sums = (weights * per_token.cross_entropy, weights, text_weights * per_token.cross_entropy, text_weights)
+        return EvalSums(*map(by_kind, sums))
+
+    layout = _layout(config, optimizer_config, mesh, execution)
+    return jax.jit(
+        eval_step,
+        in_shardings=(layout.params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
     )
 
 

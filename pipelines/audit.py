@@ -58,6 +58,7 @@ class Findings(NamedTuple):
       units: of all sources.
       groups: that are packed.
       rows: that they hold.
+      validation_rows: of them, those of what was kept apart, which is in no pass.
       artefacts: files that receipts vouch for.
       read: those of them whose contents were compared.
       read_bytes: of those.
@@ -72,6 +73,7 @@ class Findings(NamedTuple):
     units: int
     groups: int
     rows: int
+    validation_rows: int
     artefacts: int
     read: int
     read_bytes: int
@@ -110,6 +112,7 @@ def audit(manifest: Manifest, *, sample: int | None = None, report: Report = lam
         units=sum(len(source.units) for source in manifest.sources),
         groups=len(groups),
         rows=sum(group.get("rows", 0) for group in groups),
+        validation_rows=sum(group.get("rows", 0) for group in groups if "group" not in group),
         artefacts=len(artefacts),
         read=len(chosen),
         read_bytes=read_bytes,

@@ -175,6 +175,15 @@ def pack(built: Passes, wanted: list[Group], report: Report, place: Workplace) -
     built.record()
 
 
+def pack_validation(manifest: Manifest, report: Report, place: Workplace) -> None:
+    """Packs what was kept apart of each stream's source, where anything was and where it is not packed yet."""
+    wanted = [stream for stream in range(len(manifest.streams)) if passes.validation_units(manifest, stream)]
+    streams = [stream for stream in wanted if passes.packed_validation(manifest, stream) is None]
+    tasks = [{"manifest": manifest.path, "stream": stream} for stream in streams]
+    for done, _ in enumerate(_run(_validation_task, tasks, PACK_STUCK_S, place), len(wanted) - len(tasks) + 1):
+        report("hold out", done, len(wanted), "streams")
+
+
 def _tokenize_task(row: dict[str, str]) -> dict[str, str]:
     """Ray task: a unit of the sources to its receipt."""
     task = json.loads(row["task"])
@@ -193,6 +202,12 @@ def _pack_task(row: dict[str, str]) -> dict[str, str]:
     task = json.loads(row["task"])
     manifest = manifests.load(task.pop("manifest"))
     return _answer(row, lambda: passes.pack_group(manifest, **task))
+
+
+def _validation_task(row: dict[str, str]) -> dict[str, str]:
+    """Ray task: what was kept apart for a stream to its receipt."""
+    task = json.loads(row["task"])
+    return _answer(row, lambda: passes.pack_validation(manifests.load(task["manifest"]), task["stream"]))
 
 
 def _answer(row: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, str]:

@@ -295,17 +295,43 @@ def pack_validation(manifest: Manifest, stream: int) -> dict[str, Any]:
 
     It lies beside the passes and is none of them: no global row reads it. Its receipt is written last.
     """
-    source = manifest.source_of(stream)
-    units = [index for index, unit in enumerate(source.units) if selection.count(unit, "validation")]
-    if not units:
-        raise DataError(f"sources.{source.name}: no document is for validation; raise validation_share")
+    check_validation(manifest, [stream])
+    units = validation_units(manifest, stream)
     key = (manifest.seed, manifest.stream_key(stream), "validation")
     content, facts, _ = _render(manifest, stream, units, *key, part=selection.VALIDATION)
-    name = storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation", "00000")
-    storage.write_durable(f"{name}.array_record", content)
+    storage.write_durable(validation_path(manifest, stream), content)
     receipt = {"stream": stream, "units": units, **facts}
-    storage.create_if_absent(f"{name}.json", json.dumps(receipt).encode())
+    storage.create_if_absent(_validation_receipt(manifest, stream), json.dumps(receipt).encode())
     return receipt
+
+
+def validation_path(manifest: Manifest, stream: int) -> str:
+    """Returns where the shard of what was kept apart lies, once it is packed."""
+    return storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation", "00000.array_record")
+
+
+def packed_validation(manifest: Manifest, stream: int) -> dict[str, Any] | None:
+    """Returns the receipt of what was kept apart of a stream's source, or None while it is not packed."""
+    content = storage.read_if_present(_validation_receipt(manifest, stream))
+    return json.loads(content) if content else None
+
+
+def validation_units(manifest: Manifest, stream: int) -> list[int]:
+    """Returns the units of a stream's source of which a document was kept apart."""
+    units = manifest.source_of(stream).units
+    return [index for index, unit in enumerate(units) if selection.count(unit, "validation")]
+
+
+def check_validation(manifest: Manifest, streams: Iterable[int]) -> None:
+    """Raises DataError if nothing was kept apart of the source of one of the streams."""
+    for stream in streams:
+        if not validation_units(manifest, stream):
+            name = manifest.source_of(stream).name
+            raise DataError(f"sources.{name}: no document is for validation; raise validation_share")
+
+
+def _validation_receipt(manifest: Manifest, stream: int) -> str:
+    return validation_path(manifest, stream).removesuffix(".array_record") + ".json"
 
 
 def _render(

@@ -12,6 +12,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from openmoe.platform.stragglers import Pace
 from openmoe.platform.verdict import Failure
 
 T = TypeVar("T")
@@ -23,20 +24,35 @@ class Board:
     def __init__(self) -> None:
         self._newest: dict[str, Any] | None = None
         self._nodes: dict[int, str] = {}
+        self._memory_kills: dict[int, int | None] = {}
+        self._paces: dict[int, Pace] = {}
         self._failures: dict[int, Failure] = {}
         self._rendered_groups = 0
 
-    def place(self, rank: int, node_id: str) -> None:
-        """Keeps the Ray node on which a worker runs."""
+    def place(self, rank: int, node_id: str, memory_kills: int | None = None) -> None:
+        """Keeps the Ray node on which a worker runs, and how often the kernel had killed for memory there before."""
         self._nodes[rank] = node_id
+        self._memory_kills[rank] = memory_kills
 
     def placements(self) -> dict[int, str]:
         """Returns the Ray node id of each rank that said so."""
         return self._nodes
 
+    def memory_kills(self) -> dict[int, int | None]:
+        """Returns the counter of each rank that said where it is, when it said so."""
+        return self._memory_kills
+
     def put(self, record: dict[str, Any]) -> None:
         """Replaces the newest step's record."""
         self._newest = record
+
+    def pace(self, rank: int, pace: Pace) -> None:
+        """Keeps how long a worker took over its own part of the newest steps."""
+        self._paces[rank] = pace
+
+    def paces(self) -> dict[int, Pace]:
+        """Returns the newest pace of each rank that told one."""
+        return self._paces
 
     def take(self) -> dict[str, Any] | None:
         """Returns the newest record since the last call, if any, with the groups that all workers have rendered."""

@@ -42,6 +42,9 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     """
     place = _place(spec, say=_once(say))
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
+    if spec.eval is not None:
+        passes.check_validation(manifest, range(len(manifest.streams)))
+    build.pack_validation(manifest, report, place)
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
         build.pack(built, built.first_passes(), report, place)

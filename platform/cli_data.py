@@ -122,8 +122,8 @@ def inspect(run: Built, overrides: Overrides = None, as_json: Json = False) -> N
         print(json.dumps({data_id: [s._asdict() for s in rows] for data_id, rows in summaries.items()}, indent=2))
         return
     columns = (
-        *("source", "share", "documents", "bad", "duplicates", "validation", "tokens a pass", "passes", "rows"),
-        *("fill", "loss", "denoisers"),
+        *("source", "share", "documents", "bad", "duplicates", "validation", "its rows", "tokens a pass", "passes"),
+        *("rows", "fill", "loss", "denoisers"),
     )
     for manifest, streams in zip(found, summaries.values(), strict=True):
         without = f", without {', '.join(manifest.missing)}" if manifest.missing else ""
@@ -208,6 +208,7 @@ def _stream_row(stream: "StreamSummary") -> tuple[str, ...]:
         f"{stream.bad:,}",
         f"{stream.duplicates:,}",
         f"{stream.validation:,}",
+        f"{stream.validation_rows:,}",
         f"{stream.tokens:,}",
         f"{stream.passes}",
         f"{stream.rows:,}",
@@ -222,11 +223,15 @@ def _audit_json(findings: "Findings") -> dict[str, Any]:
     return {"sound": not contradictions, **findings._asdict(), "contradictions": contradictions}
 
 
+def _kept_apart(rows: int) -> str:
+    return f", {rows:,} of them kept apart for validation" if rows else ""
+
+
 def _show_audit(manifest: "Manifest", findings: "Findings") -> None:
     bad = [f"{source} {reason} {n:,}" for source, counts in findings.bad.items() for reason, n in counts.items()]
     table = [
         ("units", f"{findings.units:,}", "of the sources, tokenized"),
-        ("groups", f"{findings.groups:,}", f"with {findings.rows:,} rows"),
+        ("groups", f"{findings.groups:,}", f"with {findings.rows:,} rows{_kept_apart(findings.validation_rows)}"),
         ("artefacts", f"{findings.artefacts:,}", "that are there and have a receipt that the manifest wants"),
         ("read", f"{findings.read:,}", f"{findings.read_bytes:,} bytes; digests and counts compared"),
         ("cut off", f"{findings.cut_off:,}", "tokens, as the original does" * bool(findings.cut_off)),

@@ -9,7 +9,7 @@ from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import selection, storage
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest, SourceManifest
-from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.passes import Passes, packed_validation
 from openmoe.platform import spec, spec_paths
 
 
@@ -23,6 +23,7 @@ class StreamSummary(NamedTuple):
       bad: unusable ones.
       duplicates: usable ones left out because they were there before.
       validation: usable ones kept apart.
+      validation_rows: that these were packed into, beside the passes; 0 while they are not.
       tokens: of text, in one pass.
       passes: finished ones.
       rows: of all finished passes, and of the groups of the one that is begun.
@@ -39,6 +40,7 @@ class StreamSummary(NamedTuple):
     bad: int
     duplicates: int
     validation: int
+    validation_rows: int
     tokens: int
     passes: int
     rows: int
@@ -137,6 +139,7 @@ def _stream(name: str, source: SourceManifest, passes: Passes, index: int, *, sh
         bad=sum(sum(unit["bad"].values()) for unit in source.units),
         duplicates=sum(selection.count(unit, "duplicate") for unit in source.units),
         validation=sum(selection.count(unit, "validation") for unit in source.units),
+        validation_rows=(packed_validation(passes.manifest, index) or {"rows": 0})["rows"],
         tokens=sum(selection.trained_tokens(unit) for unit in source.units),
         passes=len(passes.groups[index]),
         rows=rows,

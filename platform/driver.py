@@ -19,7 +19,18 @@ from typing import Any
 
 from openmoe.clusters.provider import Instance
 from openmoe.pipelines.config import DataError
-from openmoe.platform import build_ahead, cadence, ray_session, report, run_length, spec_paths, validate
+from openmoe.platform import (
+    build_ahead,
+    cadence,
+    health,
+    memory_kills,
+    ray_session,
+    report,
+    run_length,
+    spec_paths,
+    stragglers,
+    validate,
+)
 from openmoe.platform.attempt_log import AttemptLog
 from openmoe.platform.journal import DRIVER, Journal
 from openmoe.platform.lineage import Claim
@@ -28,6 +39,8 @@ from openmoe.platform.report import RunReport
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
 from openmoe.platform.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
+
+LOOK_AT_PACES_S = 30.0
 
 
 class Stopped(BaseException):
@@ -198,9 +211,12 @@ class Attempt:
         )
         wait.start()
         placements: dict[int, str] = {}
+        paces = _Paces(journal, self._show.say)
         while wait.is_alive():
             wait.join(timeout=0.5)
             check()
+            if paces.are_due():
+                paces.look(boards.ask(board.paces.remote(), {}), hosts.names(placements))
             self._show_newest(boards.ask(board.take.remote(), None))
             if placements.keys() != watch.ranks:
                 placements = boards.ask(board.placements.remote(), placements)
@@ -212,6 +228,9 @@ class Attempt:
             return None
         placements = boards.ask(board.placements.remote(), placements)
         told = boards.ask(board.failures.remote(), {})
+        if dead := [f.rank for f in evidence.failures if f.kind == "process_died" and f.rank not in told]:
+            before, after = boards.ask(board.memory_kills.remote(), {}), hosts.memory_kills(placements.values())
+            told |= memory_kills.named(dead, placements, before, after)
         return replace(evidence.with_told(told), hosts=watch.look(placements))
 
     def _show_newest(self, record: dict[str, Any] | None) -> None:
@@ -245,11 +264,48 @@ class Attempt:
         # Said first: it may be the disk that ends the run.
         if verdict.cause == "damaged_checkpoint":
             self._run.quarantine(claim.resumes, verdict.reason)
+        if verdict.cause == "bad_numbers" and decision.action == "retry":
+            self._rewind(claim)
         record = {"event": "ended", "time_s": time.time(), "step": self._step, "attempt": self._name}
         record["step_time_s"] = self._step_time_s
         journal.append({**record, **asdict(verdict), "decision": asdict(decision)})
         journal.flush()
         return decision
+
+    def _rewind(self, claim: Claim) -> None:
+        """Has the next incarnation begin before the numbers went bad, and leave out the rows, if that is the policy."""
+        incident = health.incident_of(self._run.events(), claim.incarnation)
+        if self._spec.health.on_bad_numbers == "rewind" and incident:
+            self._run.add_incident(incident)
+            lo, hi = incident.rows
+            start = self._run.newest_accepted()
+            self._show.say(f"  goes back to step {start.step if start else 0}, and leaves out rows [{lo}, {hi})")
+
+
+class _Paces:
+    """Looks now and then for a worker that holds the others up; says so once, and again when it is another."""
+
+    def __init__(self, journal: Journal, say: Callable[[str], None]) -> None:
+        self._journal, self._say = journal, say
+        self._looked_s, self._known = time.monotonic(), -1
+
+    def are_due(self) -> bool:
+        """Returns whether it is time to look."""
+        return time.monotonic() - self._looked_s >= LOOK_AT_PACES_S
+
+    def look(self, paces: dict[int, stragglers.Pace], names: list[str]) -> None:
+        """Takes the newest pace of each rank, and the host of each."""
+        self._looked_s = time.monotonic()
+        found = stragglers.find(paces)
+        rank = found.rank if found else -1
+        if found and rank != self._known:
+            host = names[rank] if rank < len(names) else "an unknown host"
+            text = stragglers.words(found, host)
+            self._say(text)
+            facts = {"rank": rank, "host": host, "text": text, **found.pace._asdict(), "others_s": found.others_s}
+            self._journal.append({"event": "straggler", "time_s": time.time(), **facts})
+            self._journal.flush()
+        self._known = rank
 
 
 def _tell(board: Any, failure: Failure) -> None:

@@ -85,14 +85,21 @@ class EventFiles:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a step's metric record; it is durable after the next flush."""
-        event = Event(wall_time=record["time_s"], step=record["step"])
-        for tag, value in scalars(record, row_tokens=self._row_tokens).items():
-            event.summary.value.add(tag=tag, simple_value=value)
-        self._framed.append(_framed(event))
+        self._frame(record["time_s"], record["step"], scalars(record, row_tokens=self._row_tokens))
         self._steps += 1
         is_late = time.monotonic() - self._flushed_at_s >= self._flush_s
         if is_late and self._steps >= LEAST_SHARE * record["step"]:
             self.flush()
+
+    def append_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds what was measured after a step, by tag."""
+        self._frame(time.time(), step, values)
+
+    def _frame(self, time_s: float, step: int, values: Mapping[str, float]) -> None:
+        event = Event(wall_time=time_s, step=step)
+        for tag, value in values.items():
+            event.summary.value.add(tag=tag, simple_value=value)
+        self._framed.append(_framed(event))
 
     def flush(self) -> None:
         """Closes the open file: what was appended is durable when this returns."""

@@ -6,6 +6,7 @@ would choose the living head of a broken slice again and again; so a broken slic
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import subprocess
@@ -18,14 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.util.tpu
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from openmoe.clusters.provider import Instance
+from openmoe.platform import memory_kills as kills
 from openmoe.platform.spec import ClusterConfig
 from openmoe.platform.verdict import Host
 
 SLICE, WORKER_ID = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"  # labels that Ray gives to TPU hosts
 PROBE_TIMEOUT_S = 2.0
+ASK_TIMEOUT_S = 10.0
 NOT_DRAINED_S = 60.0
 
 
@@ -69,6 +74,19 @@ class Watch:
             if host.ranks or host.slice in slices:
                 hosts.append(host)
         return tuple(hosts)
+
+
+def memory_kills(node_ids: Iterable[str]) -> dict[str, int | None]:
+    """Returns the kernel's count of kills for memory on each node that answers."""
+    ask = ray.remote(num_cpus=0, max_retries=0)(kills.count)
+    pinned = {n: NodeAffinitySchedulingStrategy(n, soft=False) for n in set(node_ids)}
+    asked = {ask.options(scheduling_strategy=where).remote(): node_id for node_id, where in pinned.items()}
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_TIMEOUT_S) if asked else ([], [])
+    found: dict[str, int | None] = {}
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            found[asked[answer]] = ray.get(answer)
+    return found
 
 
 def names(placements: Mapping[int, str]) -> list[str]:

@@ -35,10 +35,10 @@ class Entry(NamedTuple):
     """What a step consumed, or rows that no step got.
 
     Attributes:
-      step: that consumed the rows; of skipped rows, the one before them.
+      step: that consumed the rows; of rows that no step got, the one before them.
       lo, hi: global rows [lo, hi).
-      checksum: of what the rows held (`model/checksum.py`); none of skipped rows.
-      incident: why the rows were skipped; "" if they were trained on.
+      checksum: of what the rows held (`model/checksum.py`); none of rows that no step got.
+      incident: why nothing was learned from the rows: no step got them, or its update was not made; "" if it was.
       digest: over all this and the digest before it, hexadecimal.
     """
 
@@ -55,9 +55,12 @@ class Entry(NamedTuple):
         return f"rows [{self.lo}, {self.hi}) {'skipped' if self.incident else 'trained on'} at step {self.step}"
 
 
-def trained(head: str, position: Position, first_row: int, checksum: Sequence[int]) -> Entry:
-    """Returns the entry of the step that led to `position`, which follows the digest `head`."""
-    return _chained(head, position.step, first_row, position.next_row, tuple(checksum), "")
+def trained(head: str, position: Position, first_row: int, checksum: Sequence[int], incident: str = "") -> Entry:
+    """Returns the entry of the step that led to `position`, which follows the digest `head`.
+
+    Of a step whose update was not made, `incident` says why.
+    """
+    return _chained(head, position.step, first_row, position.next_row, tuple(checksum), incident)
 
 
 def skipped(head: str, position: Position, first_row: int, incident: str) -> Entry:
@@ -73,7 +76,8 @@ def _chained(head: str, step: int, lo: int, hi: int, checksum: tuple[int, ...], 
 
 def to_json(entry: Entry) -> dict[str, Any]:
     """Returns the record of an entry."""
-    content = {"skipped": entry.incident} if entry.incident else {"checksum": list(entry.checksum)}
+    content: dict[str, Any] = {"checksum": list(entry.checksum)} if entry.checksum else {}
+    content |= {"skipped": entry.incident} if entry.incident else {}
     return {"version": VERSION, "step": entry.step, "rows": [entry.lo, entry.hi], **content, "digest": entry.digest}
 
 
@@ -84,7 +88,7 @@ def from_json(record: Record) -> Entry:
     match record:
         case {"step": int(step), "rows": [int(lo), int(hi)], "checksum": [int(a), int(b)], "digest": str(digest)}:
             if max(a, b) < 2**32 and min(a, b) >= 0:
-                return Entry(step, lo, hi, (a, b), "", digest)
+                return Entry(step, lo, hi, (a, b), str(record.get("skipped", "")), digest)
         case {"step": int(step), "rows": [int(lo), int(hi)], "skipped": str(why), "digest": str(digest)} if why:
             return Entry(step, lo, hi, (), why, digest)
     raise ValueError(f"{json.dumps(record)[:200]}")
@@ -136,7 +140,7 @@ class Steps(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """Rows [lo, hi) of the line that no step got."""
+    """Rows [lo, hi) of the line that no step got, or whose step's update was not made."""
 
     incarnation: int
     lo: int
@@ -154,7 +158,7 @@ class Findings:
       line: steps of each incarnation that count, oldest first.
       trained_rows: rows that these steps consumed.
       compared: entries that were compared with the shards.
-      skipped: rows of the line that no step got.
+      skipped: rows of the line from which nothing was learned.
       undone: steps that were trained, and taken back by a later incarnation.
       not_accepted: steps since the newest checkpoint.
       unrecorded: steps of the line whose incarnation has no ledger.
@@ -268,6 +272,7 @@ class _Walk:
                 findings.skipped.append(Skipped(n, entry.lo, entry.hi, entry.incident))
             else:
                 findings.trained_rows += entry.hi - entry.lo
+            if entry.checksum:
                 findings.line[-1] = findings.line[-1]._replace(last=entry.step)
             findings.position, findings.head = self._position, self._head
             while accepted and self._is_at(accepted[0]):
@@ -291,14 +296,14 @@ class _Walk:
         steps = []
         for entry in entries:
             self._check(incarnation, entry)
-            steps += [] if entry.incident else [entry.step]
+            steps += [entry.step] if entry.checksum else []
         if steps:
             to = self.findings.undone if incarnation < newest else self.findings.not_accepted
             to.append(Steps(incarnation, steps[0], steps[-1]))
 
     def _check(self, incarnation: int, entry: Entry) -> None:
         """Takes the next entry, which must follow the one before it."""
-        step, row = self._position.step + (not entry.incident), self._position.next_row
+        step, row = self._position.step + bool(entry.checksum), self._position.next_row
         if (entry.step, entry.lo) != (step, row) or entry.hi <= entry.lo:
             what = "is out of order"
             if entry.lo > row:
@@ -313,7 +318,7 @@ class _Walk:
         self._position, self._head = Position(entry.step, entry.hi), entry.digest
 
     def _check_content(self, incarnation: int, entry: Entry) -> None:
-        if entry.incident or entry.step not in self._chosen:
+        if not entry.checksum or entry.step not in self._chosen:
             return
         if mismatch := self._compare(entry):
             raise _contradicted(incarnation, entry, "trained on something else than the shards hold", *mismatch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,6 +68,66 @@ class Acceptance:
     def to_json(self) -> dict[str, Any]:
         """Returns the record as it stands in the file."""
         return asdict(self)
+
+
+class Rows(NamedTuple):
+    """Global rows [lo, hi)."""
+
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incident:
+    """Rows that the run goes on without: an incarnation's numbers went bad over them.
+
+    Attributes:
+      incarnation: that met it; later ones leave the rows out.
+      step: at which it was seen.
+      rows: to be left out.
+      reason: in words.
+    """
+
+    incarnation: int
+    step: int
+    rows: Rows
+    reason: str
+    time_s: float
+
+
+def incident(record: Mapping[str, Any]) -> Incident:
+    """Returns the incident of a record as it stands in a file."""
+    fields: dict[str, Any] = {**record, "rows": Rows(*record["rows"])}
+    return Incident(**fields)
+
+
+def tainted(acceptances: Iterable[Acceptance], incidents: Iterable[Incident]) -> dict[int, str]:
+    """Returns the acceptances that must not be restored, since they were trained on rows of an incident, and why."""
+    incidents = list(incidents)
+    return {
+        a.number: f"trained on rows [{i.rows.lo}, {i.rows.hi}): {i.reason}"
+        for a in acceptances
+        for i in incidents
+        if a.incarnation <= i.incarnation and a.next_row > i.rows.lo
+    }
+
+
+def rows_left_out(row: int, incidents: Iterable[Incident]) -> tuple[Rows, list[Incident]]:
+    """Returns the rows from `row` on that are to be left out, none if lo == hi, and the incidents that say so."""
+    end, why = row, []
+    for incident in sorted(incidents, key=lambda incident: incident.rows):
+        if incident.rows.lo <= end < incident.rows.hi:
+            end = incident.rows.hi
+            why.append(incident)
+    return Rows(row, end), why
+
+
+def first_rows(row: int, steps: int, batch_rows: int, incidents: Sequence[Incident]) -> Iterator[int]:
+    """Yields the first row of each of the coming steps, from `row` on."""
+    for _ in range(steps):
+        row = rows_left_out(row, incidents)[0].hi
+        yield row
+        row += batch_rows
 
 
 def valid_acceptances(

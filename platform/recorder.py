@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Collection, Generator
 from types import TracebackType
@@ -21,9 +20,7 @@ from openmoe.platform.lineage import Claim, Position
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.wandb_curves import WandbCurves
 
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is NaN or infinite."""
+Check = Callable[[dict[str, Any], Callable[..., None]], None]
 
 
 class Recorder:
@@ -40,7 +37,9 @@ class Recorder:
         *,
         row_tokens: int,
         trackers: Collection[str] = (),
+        check: Check = lambda record, event: None,
     ) -> None:
+        """Takes where to write; `report` is told each record, `check` gets it too, and `event`, and may end it all."""
         process = jax.process_index()
         self._leads = process == 0
         self._events = Journal(run.at("journal"), incarnation=claim.incarnation, process=process)
@@ -48,7 +47,7 @@ class Recorder:
         self._ledger = Journal(run.at("ledger"), incarnation=claim.incarnation, process=process)
         self._curves = EventFiles(run.at("tensorboard"), incarnation=claim.incarnation, row_tokens=row_tokens)
         self._wandb = WandbCurves(run, row_tokens=row_tokens) if self._leads and "wandb" in trackers else None
-        self._report = report
+        self._report, self._check = report, check
         self._in_flight: tuple[Position, Position, dict[str, Array | float]] | None = None
         self._last = Position()
         self._last_time_s = time.time()
@@ -100,7 +99,7 @@ class Recorder:
         """Takes the metrics of the step that led to `position`, and keeps those of the step before it.
 
         Raises:
-          NonFiniteLoss: the step before this one gave a NaN or infinite loss.
+          BadNumbers: as the check of the step before this one found.
         """
         self.catch_up()
         self._in_flight = (self._last, position, metrics)
@@ -114,7 +113,7 @@ class Recorder:
         self._in_flight = None
         values = {name: _to_json(value) for name, value in jax.device_get(metrics).items()}
         rows = [before.next_row, position.next_row]
-        entry = ledger.trained(self.ledger_head, position, rows[0], values["batch_checksum"])
+        entry = ledger.trained(self.ledger_head, position, rows[0], values["batch_checksum"], _incident(values))
         self.ledger_head = entry.digest
         now_s = time.time()
         record = {
@@ -135,8 +134,28 @@ class Recorder:
             if self._wandb:
                 self._wandb.append(record)
             self._report(record)
-        if not math.isfinite(values["total_loss"]):
-            raise NonFiniteLoss(f"step {position.step}, rows {rows[0]}..{rows[1] - 1}: loss {values['total_loss']}")
+        self._check(record, self.event if self._leads else lambda kind, **facts: None)
+
+    def leave_out(self, position: Position, hi: int, incident: str) -> Position:
+        """Enters the rows up to `hi` into the ledger as skipped; returns the position after them."""
+        self.catch_up()
+        self._last = Position(position.step, hi)
+        entry = ledger.skipped(self.ledger_head, self._last, position.next_row, incident)
+        self.ledger_head = entry.digest
+        if self._leads:
+            self._ledger.append(ledger.to_json(entry))
+            self.event("left_out", step=position.step, rows=[position.next_row, hi], incident=incident)
+        return self._last
+
+    def evaluated(self, position: Position, *, seconds: float, losses: dict[str, float], **facts: Any) -> None:
+        """Journals an evaluation after the step that led to `position`, of which the next step's time is free."""
+        self._last_time_s += seconds
+        self.newest |= {f"eval/{name}": loss for name, loss in losses.items()}
+        if not self._leads:
+            return
+        facts = {"step": position.step, "next_row": position.next_row, "seconds": seconds, "losses": losses, **facts}
+        self.event("evaluated", **facts)
+        self._curves.append_scalars(position.step, {f"eval/{name}": loss for name, loss in losses.items()})
 
     def flush(self) -> None:
         """Makes all that was kept so far durable."""
@@ -144,6 +163,13 @@ class Recorder:
         self._metrics.flush()
         self._events.flush()
         self._curves.flush()
+
+
+def _incident(values: dict[str, Any]) -> str:
+    """Returns why a step's update was not made; "" if it was."""
+    if not values.get("update_skipped"):
+        return ""
+    return f"update skipped: loss {values['total_loss']}, gradient norm {values['grad_norm']}"
 
 
 def _to_json(value: np.ndarray) -> Any:

@@ -4,6 +4,7 @@ run.json                  the resolved spec and its hash, created once
 incarnations/000001.json  created if absent: who may write, and which acceptance it goes on from
 accepted/000001.json      created if absent: a checkpoint that counts
 quarantined/000001.json   an acceptance whose checkpoint could not be restored, and why
+incidents/000001.json     rows that the incarnations after this one leave out, and why
 checkpoints/000001/<step> Orbax, a folder for each incarnation
 journal/  metrics/        segments (journal.py)
 attempts/                 segments: what drivers did around their worker groups (attempt_log.py)
@@ -21,7 +22,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,7 +30,7 @@ from pydantic import ValidationError
 from openmoe.pipelines import storage
 from openmoe.platform import journal, lineage
 from openmoe.platform import spec as spec_file
-from openmoe.platform.lineage import Acceptance, Claim
+from openmoe.platform.lineage import Acceptance, Claim, Incident
 from openmoe.platform.spec import RunSpec
 from openmoe.platform.spec_errors import SpecError, problems_of
 
@@ -133,7 +134,9 @@ class RunDir:
 
     def quarantined(self) -> dict[int, str]:
         """Returns the numbers of the acceptances that must not be restored, and why."""
-        return {record["number"]: record["reason"] for record in self._records("quarantined")}
+        damaged = {record["number"]: record["reason"] for record in self._records("quarantined")}
+        incidents = self.incidents()
+        return lineage.tainted(self.acceptances() if incidents else (), incidents) | damaged
 
     def stored_checkpoints(self) -> list[str]:
         """Returns the folders that lie below checkpoints/, finished or not, relative to the run directory."""
@@ -141,6 +144,14 @@ class RunDir:
         return [
             f"checkpoints/{n}/{name}" for n in incarnations for name in storage.list_folders(self.at("checkpoints", n))
         ]
+
+    def incidents(self) -> list[Incident]:
+        """Returns the rows that are left out, in the order of the incarnations that met them."""
+        return [lineage.incident(record) for record in self._records("incidents")]
+
+    def add_incident(self, incident: Incident) -> None:
+        """Has all later incarnations leave out rows, and go on from a checkpoint that was not trained on them."""
+        storage.create_if_absent(self.at("incidents", f"{incident.incarnation:06d}.json"), _encode(asdict(incident)))
 
     def newest_accepted(self) -> Acceptance | None:
         """Returns the acceptance a new incarnation goes on from; None means from scratch."""
@@ -186,6 +197,14 @@ class RunDir:
         records: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for incarnation, _, record in journal.read(self.at("metrics")):
             records[incarnation].append(record)
+        return [dict(r) for r in lineage.trace(self.claims(), self.acceptances(), records)]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Returns the record of every evaluation along the line of truth, in step order."""
+        records: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for incarnation, _, record in journal.read(self.at("journal")):
+            if record["event"] == "evaluated":
+                records[incarnation].append(record)
         return [dict(r) for r in lineage.trace(self.claims(), self.acceptances(), records)]
 
     def events(self) -> list[dict[str, Any]]:

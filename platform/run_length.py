@@ -51,6 +51,8 @@ def resolved(spec: RunSpec, epoch_rows: int | None) -> RunSpec:
 
 def is_reached(train: TrainConfig, finished: dict[str, Any]) -> bool:
     """Returns whether a run whose finished.json is `finished` is as long as wanted now; False if that is not known."""
+    if train.stop_when is not None and finished.get("stop_when") == train.stop_when.model_dump():
+        return True  # that rule ended it
     epoch_rows = finished.get("epoch_rows")
     if train.steps is None and epoch_rows is None:
         return False

@@ -19,13 +19,20 @@ SAMPLING = sample.Sampling(temperature=0.7)
 
 
 def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: Recorder) -> None:
-    """Samples `train.sample_tokens` tokens for each prompt and journals the texts; all processes must call it.
+    """Samples `train.sample_tokens` tokens for each prompt and journals the texts; all processes must call it."""
+    if spec.train.sample_tokens == 0:
+        return
+    with recorder.charged("sample"):
+        samples = draw(spec, mesh, state, spec.train.sample_tokens)
+    recorder.event("sampled", step=int(state.step), samples=samples)
+
+
+def draw(spec: RunSpec, mesh: Mesh, state: step.TrainState, num_tokens: int) -> list[list[str]]:
+    """Returns (prompt, continuation) of each prompt; all processes must call it.
 
     A prompt takes the form in which the run's last rows had it: plain text after next-token prediction, a question
     after conversations, else UL2's prefix form, which is mode prompt "[S2S] ", text, EOS, then the continuation.
     """
-    if spec.train.sample_tokens == 0:
-        return
     model = tokenizer.load(spec.data.tokenizer)
     vocabulary = model.vocabulary(spec.data.num_sentinels)
     objective = spec.data.objective_at(int(state.step) * spec.train.batch_rows * spec.data.seq_len)
@@ -33,24 +40,15 @@ def record_samples(spec: RunSpec, mesh: Mesh, state: step.TrainState, recorder: 
     prompts = [ids.tolist() for ids in model.encode(asked)]
     if objective not in ("next_token", "chat"):
         prompts = [[*vocabulary.prompts["S2S"], *ids, vocabulary.eos_id] for ids in prompts]
-    with recorder.charged("sample"):
-        continuations = _drawn(spec, mesh, state, model, prompts)
-    recorder.event("sampled", step=int(state.step), samples=[list(p) for p in zip(PROMPTS, continuations, strict=True)])
-
-
-def _drawn(
-    spec: RunSpec, mesh: Mesh, state: step.TrainState, model: tokenizer.Tokenizer, prompts: list[list[int]]
-) -> list[str]:
-    """Returns the continuation of each prompt."""
-    vocabulary = model.vocabulary(spec.data.num_sentinels)
     drawn = sample.stream(
         state.params,
         spec.model,
         prompts,
-        spec.train.sample_tokens,
+        num_tokens,
         sampling=SAMPLING,
         eos_id=vocabulary.eos_id,
         seed=spec.seed,
         mesh=mesh,
     )
-    return [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]
+    continuations = [model.decode(ids, spec.data.num_sentinels) for ids in sample.by_prompt(drawn)]
+    return [list(pair) for pair in zip(PROMPTS, continuations, strict=True)]

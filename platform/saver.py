@@ -83,16 +83,27 @@ class Saver:
         self._recorder.event("restored", step=position.step, accepted=accepted.number, seconds=time.time() - start_s)
         return state, position
 
-    def after_step(self, position: Position, notice: Notice, plain: Callable[[], step.TrainState]) -> None:
+    def after_step(
+        self,
+        position: Position,
+        notice: Notice,
+        plain: Callable[[], step.TrainState],
+        beat: Callable[[], None] = lambda: None,
+        *,
+        ends: bool = False,
+    ) -> None:
         """Saves where the cadence or a notice asks for it, and accepts what has been committed.
 
         Args:
           position: after the step, the same in all processes.
           notice: what this process may have heard.
           plain: returns the state in its plain form.
+          beat: called when what follows takes longer than a step.
+          ends: it is the run's last step, whatever the run file says.
         """
-        noticed, due = notice.reached(position.step), self._pace.is_due(position.step)
+        noticed, due = notice.reached(position.step), self._pace.is_due(position.step) or ends
         if noticed or due:
+            beat()
             self._recorder.catch_up()
             if (noticed and self._fits(notice, position)) or due:
                 self.save(plain(), position)
@@ -116,12 +127,16 @@ class Saver:
         Raises:
           NonFiniteState: it is none to go on from.
         """
+        self._recorder.catch_up()
         self.finish()
         start_s = time.time()
         examined = checkpoint.examine(state)
         if examined.not_finite:
-            names = interop.listed(examined.not_finite)
-            raise NonFiniteState(f"step {position.step}: {names}: holds numbers that are not finite; it is not saved")
+            what = f"{interop.listed(examined.not_finite)}: holds numbers that are not finite; it is not saved"
+            guilty = (1 + self._spec.health.guilty_steps_before) * self._spec.train.batch_rows
+            rows = [max(position.next_row - guilty, 0), position.next_row]
+            self._recorder.event("bad_numbers", step=position.step, rows=rows, what=what, is_spike=False)
+            raise NonFiniteState(f"step {position.step}: {what}")
         acceptance = Acceptance(
             number=max((a.number for a in self._run.acceptances()), default=0) + 1,
             incarnation=self._claim.incarnation,

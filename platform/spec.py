@@ -24,7 +24,15 @@ from openmoe.pipelines.config import DataConfig, identity
 from openmoe.pipelines.stage_presets import STAGE_PRESETS
 from openmoe.platform import spec_checks, spec_optimizer, spec_source, spec_yaml
 from openmoe.platform.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
-from openmoe.platform.spec_sections import BudgetsConfig, ClusterConfig, MeshConfig, Section, TrainConfig
+from openmoe.platform.spec_sections import (
+    BudgetsConfig,
+    ClusterConfig,
+    EvalConfig,
+    HealthConfig,
+    MeshConfig,
+    Section,
+    TrainConfig,
+)
 
 
 class RunSpec(Section):
@@ -64,6 +72,8 @@ class RunSpec(Section):
         default=(),
         description="Who gets the curves besides TensorBoard's files: wandb, where it is installed and logged in.",
     )
+    health: HealthConfig = Field(default_factory=HealthConfig)
+    eval: EvalConfig | None = Field(default=None, description="Held-out evaluation; without it there is none.")
 
     @model_validator(mode="after")
     def _refuse_the_impossible(self) -> Self:
@@ -76,6 +86,8 @@ class RunSpec(Section):
             cluster=self.cluster,
             optimizer=self.optimizer,
         )
+        problems += spec_checks.evaluation(self.eval, self.train, self.data)
+        problems += spec_checks.health(self.health, self.budgets)
         if problems:
             raise SpecError(problems)
         return self

@@ -14,8 +14,16 @@ from openmoe.model.config import ExecutionConfig, ModelConfig
 from openmoe.model.optimizer_config import OptimizerConfig
 from openmoe.model.parameter_names import parameter_names
 from openmoe.pipelines.config import DataConfig
+from openmoe.platform import saturation
 from openmoe.platform.spec_errors import Problem, did_you_mean
-from openmoe.platform.spec_sections import ClusterConfig, MeshConfig, TrainConfig
+from openmoe.platform.spec_sections import (
+    BudgetsConfig,
+    ClusterConfig,
+    EvalConfig,
+    HealthConfig,
+    MeshConfig,
+    TrainConfig,
+)
 
 
 class Mesh(NamedTuple):
@@ -181,3 +189,25 @@ def _near(pattern: str, names: list[str]) -> str:
             return did_you_mean(word, known)
     near = difflib.get_close_matches(pattern, names, n=2, cutoff=0.3) or names[:2]
     return f"names are such as {' and '.join(near)}"
+
+
+def evaluation(config: EvalConfig | None, train: TrainConfig, data: DataConfig) -> list[Problem]:
+    """What evaluations need and lack, and what asks for evaluations that there are not."""
+    problems = []
+    if config is not None and not data.validation_share:
+        problems.append(Problem("data.validation_share", "must be > 0 where there is `eval`, got 0; such as 0.001"))
+    if config is not None and config.sample_tokens >= data.seq_len:
+        problems.append(Problem("eval.sample_tokens", f"must be < data.seq_len={data.seq_len}"))
+    rule, known = train.stop_when, saturation.metrics(data.stream_names())
+    if rule is not None and config is None:
+        problems.append(Problem("train.stop_when", "needs evaluations; add `eval: {every_steps: 1000}`"))
+    elif rule is not None and rule.metric not in known:
+        problems.append(Problem("train.stop_when.metric", f"{did_you_mean(rule.metric, known)}, got {rule.metric}"))
+    return problems
+
+
+def health(config: HealthConfig, budgets: BudgetsConfig) -> list[Problem]:
+    """What the policy for bad numbers needs and lacks."""
+    if config.on_bad_numbers == "rewind" and not budgets.bad_numbers:
+        return [Problem("budgets.bad_numbers", "must be >= 1 where health.on_bad_numbers is rewind, got 0")]
+    return []

@@ -26,6 +26,78 @@ _SCHEMA = Annotated[int, Field(ge=1)] | Literal["auto"]
 StepsOrAuto = Annotated[int | Literal["auto"], PlainValidator(_steps_or_auto, json_schema_input_type=_SCHEMA)]
 
 
+class StopWhenConfig(Section):
+    """When a run has learned what it can: its last evaluations brought no gain worth the name."""
+
+    metric: str = Field(
+        default="loss",
+        min_length=1,
+        description="What is to fall: loss, text_loss (sentinels left out), or loss/NAME of a source or denoiser.",
+    )
+    patience: int = Field(ge=1, description="Evaluations in a row without a gain after which the run ends.")
+    min_gain: float = Field(ge=0, description="Nats below the best evaluation so far that count as a gain.")
+
+
+class EvalConfig(Section):
+    """Held-out loss while the run trains, on rows of `data.validation_share`."""
+
+    every_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; the last step has one.")
+    every_tokens: int | None = Field(
+        default=None, ge=1, description="Instead of every_steps: tokens between them, padding included."
+    )
+    rows: int = Field(default=64, ge=1, description="Held-out rows of each source; fewer where it has fewer.")
+    sample_tokens: int = Field(default=0, ge=0, description="Tokens sampled at each evaluation; 0 for none.")
+
+    @model_validator(mode="after")
+    def _one_distance(self) -> Self:
+        if (self.every_steps is None) == (self.every_tokens is None):
+            raise ValueError("every_steps: give either every_steps or every_tokens")
+        return self
+
+    def is_due(self, step: int, *, step_tokens: int) -> bool:
+        """Returns whether to evaluate after a step, that is whether a multiple of the distance was reached in it."""
+        if self.every_steps is not None:
+            return step % self.every_steps == 0
+        distance = self.every_tokens or 1
+        return step * step_tokens // distance > (step - 1) * step_tokens // distance
+
+
+class HealthConfig(Section):
+    """What is done about bad numbers, and what raises an alarm."""
+
+    on_bad_numbers: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="stop: the attempt ends, or starts again as budgets.bad_numbers says. skip: an update that is not "
+        "finite is not made. rewind: back to the checkpoint before, on without those rows, budgets.bad_numbers times.",
+    )
+    max_skips: int = Field(default=5, ge=0, description="Updates in a row that may be skipped.")
+    spike_score: float | None = Field(
+        default=None,
+        gt=0,
+        description="Robust deviations above the median at which a loss has spiked, such as 20; without it none does.",
+    )
+    spike_window_steps: int = Field(default=128, ge=8, description="Steps whose losses a spike is compared with.")
+    spike_steps: int = Field(default=1, ge=1, description="Steps in a row above that make a spike.")
+    guilty_steps_before: int = Field(
+        default=1, ge=0, description="Steps before the first bad one whose rows are left out as well."
+    )
+    collapsed_share: float = Field(
+        default=0.01, ge=0, le=1, description="Of an even share of the choices, below which an expert has collapsed."
+    )
+    least_load_entropy: float = Field(
+        default=0.3, ge=0, le=1, description="Of the experts' load in a layer, as a share of an even load's."
+    )
+    alarm_steps: int = Field(default=200, ge=1, description="Steps in a row after which that raises an alarm.")
+    hang_multiple: float = Field(
+        default=50.0,
+        gt=1,
+        description="Of the median step, after which a step is stuck; see also cluster.step_timeout_s.",
+    )
+    hang_least_s: float = Field(
+        default=300.0, gt=0, description="No step is stuck before this: storage that fails for a while is waited for."
+    )
+
+
 class TrainConfig(Section):
     """How long, how large a step, how often to save."""
 
@@ -54,6 +126,9 @@ class TrainConfig(Section):
         default="loss", min_length=1, description="A metric by its name in the records, such as loss."
     )
     sample_tokens: int = Field(default=32, ge=0, description="Tokens sampled when the run ends; 0 for none.")
+    stop_when: StopWhenConfig | None = Field(
+        default=None, description="Ends the run before its last step once evaluations show no gain."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from openmoe.platform import health, job_events
 from openmoe.platform import job as jobs
-from openmoe.platform import job_events
 from openmoe.platform.job import Job
 from openmoe.platform.job_events import Event
 from openmoe.platform.lineage import Claim
@@ -158,7 +158,8 @@ def of_run(records: RunRecords) -> list[Sentence]:
     if records.finished:
         loss = records.finished.get("loss")
         final = f", final loss {loss:.3f} nats" if isinstance(loss, float) else ""
-        text = f"finished: {records.finished['steps']:,} steps{final}"
+        saturated = ", saturated" if records.finished.get("reason") == "saturated" else ""
+        text = f"finished: {records.finished['steps']:,} steps{saturated}{final}"
         told.append(Sentence(time_s=records.finished["time_s"], kind="end", text=text))
     return merged(told)
 
@@ -182,6 +183,24 @@ def _incarnation(
             yield Sentence(time_s=event["time_s"], kind="checkpoint", text=_noticed(event))
         if event["event"] == "ended":
             yield _incarnation_ended(event, records.reached.get(n), next_start)
+    yield from _health(events)
+
+
+def _health(events: Sequence[Mapping[str, Any]]) -> Iterator[Sentence]:
+    """Tells what was found about the run's health; of many skipped updates in one sentence."""
+    for event in events:
+        if event["event"] == "alarm":
+            yield Sentence(time_s=event["time_s"], kind="trouble", text=health.words(event))
+        elif event["event"] == "straggler":
+            yield Sentence(time_s=event["time_s"], kind="trouble", text=event["text"])
+        elif event["event"] == "left_out":
+            text = "rows [{:,}, {:,}) are left out: {}".format(*event["rows"], event["incident"])
+            yield Sentence(time_s=event["time_s"], kind="trouble", text=text)
+    if skipped := [event for event in events if event["event"] == "update_skipped"]:
+        steps = sorted({event["step"] for event in skipped})
+        named = ", ".join(f"{step:,}" for step in steps[:10]) + (f" and {len(steps) - 10:,} more" * (len(steps) > 10))
+        text = f"updates that were not finite were skipped: steps {named}"
+        yield Sentence(time_s=skipped[-1]["time_s"], kind="trouble", text=text)
 
 
 def _noticed(event: Mapping[str, Any]) -> str:

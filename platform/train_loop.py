@@ -3,7 +3,7 @@
 All processes run this same function over the same global row numbers; process 0 alone writes records. The
 order at a save, so that an accepted checkpoint always has its records beside it:
 
-    step -> its metrics -> save begins (asynchronous) -> metrics durable -> save committed -> acceptance
+    step -> metrics, evaluation -> save begins (asynchronous) -> those durable -> save committed -> acceptance
 
 kill -9 at any moment leaves the newest acceptance in force. The steps after it are done again, from the very
 next row and, on the same topology, with the same bits.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,9 @@ from openmoe.model import checksum, sharding, step
 from openmoe.pipelines.loader import Loader
 from openmoe.platform import compile_cache, milestones, sampling
 from openmoe.platform.cadence import NOTHING_SEEN, Seen
-from openmoe.platform.lineage import Claim, Position
+from openmoe.platform.evaluation import Evaluations
+from openmoe.platform.health_watch import HealthWatch, Stopwatch, left_out
+from openmoe.platform.lineage import Claim, Incident, Position, first_rows
 from openmoe.platform.notice import Notice
 from openmoe.platform.prefetch import Prefetch
 from openmoe.platform.profiling import Responder
@@ -37,6 +39,7 @@ from openmoe.platform.recorder import Recorder
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.saver import Saver
 from openmoe.platform.spec import RunSpec
+from openmoe.platform.stragglers import Pace
 from openmoe.platform.train_step import TrainStep
 
 BATCH_KEYS = checksum.KEYS
@@ -48,60 +51,68 @@ def train(
     claim: Claim,
     manifest_path: str,
     report: Callable[[dict[str, Any]], None],
-    beat: Callable[[], None] = lambda: None,
+    beat: Callable[..., None] = lambda **what: None,
     on_render: Callable[[], object] = lambda: None,
     seen: Seen = NOTHING_SEEN,
     announced: Callable[[], float | None] = lambda: None,
+    tell_pace: Callable[[Pace], None] = lambda pace: None,
 ) -> step.TrainState:
     """Trains one incarnation, from the acceptance that its claim names to the last step.
 
     Args:
-      spec: of the run, the same in all processes.
-      run: the run directory.
-      claim: this incarnation's.
+      spec, run, claim: the run, the same in all processes; its directory; this incarnation's claim.
       manifest_path: of the data build whose rows are trained on.
       report: called by process 0 with the record of each step, for those who watch.
-      beat: called by every process at each step, and for each group of rows it has to render: it is not stuck.
-      on_render: called by every process for each of these groups.
-      seen: what earlier incarnations have shown, the same in all processes.
-      announced: returns the Unix time at which machines of the group will be taken away, if that is known (`Notice`).
+      seen, announced: what earlier incarnations have shown, and when machines will be taken away, see `Notice`.
+      beat, on_render, tell_pace: called by every process, see `Watchdog`, `Batches` and `Stopwatch`.
 
     Returns:
       The final train state in its plain form, sharded over the mesh.
 
     Raises:
-      NonFiniteLoss, DamagedCheckpoint, Superseded: the driver decides what follows.
+      BadNumbers, DamagedCheckpoint, Superseded: the driver decides what follows.
     """
     check_process_group(spec)
     mesh = sharding.make_mesh(**spec.mesh.model_dump())
     plan = (spec.model, spec.optimizer, mesh, spec.execution)
     loader = Loader(manifest_path, cache_bytes=spec.cluster.shard_cache_bytes)
+    watch, incidents, stopwatch = HealthWatch(spec, run), run.incidents(), Stopwatch(tell_pace, beat)
     with (
-        Recorder(run, claim, report, row_tokens=spec.data.seq_len, trackers=spec.trackers) as recorder,
+        recorded(spec, run, claim, report, watch) as recorder,
         compile_cache.used(spec, recorder) as programs,
         Notice(announced, seen.save_s or 0.0) as notice,
     ):
         recorder.event("started", **beginning(spec, mesh, loader))
         saver = Saver(spec, run, claim, recorder, data_id=loader.data_id, seen=seen)
         state, position = saver.restore(mesh)
-        state = step.arranged(*plan, state)
-        train_step = TrainStep(step.make_train_step(*plan), recorder, programs)
-
-        with Responder(run, train_step), Batches(spec, mesh, loader, position, on_render) as coming:
-            while position.step < spec.train.total_steps:
-                beat()
+        state, plain = step.arranged(*plan, state), functools.partial(step.plain, *plan)
+        train_step = TrainStep(step.make_train_step(*plan, skip_bad_numbers=watch.skips), recorder, programs)
+        evaluations = Evaluations(spec, run, mesh, manifest_path, recorder)
+        with Responder(run, train_step), Batches(spec, mesh, loader, position, on_render, incidents) as coming:
+            while position.step < spec.train.total_steps and not evaluations.is_saturated:
+                stopwatch.begin()
+                position = left_out(position, incidents, recorder)
                 batch, data_metrics = coming.take(recorder, beat)
                 state, metrics = train_step(state, batch)
+                stopwatch.handed_over()
                 position = position.after(rows=spec.train.batch_rows)
-                # Waits for the step before this one, which stays in flight.
-                recorder.record(position, {**metrics, **data_metrics})
-                saver.after_step(position, notice, functools.partial(step.plain, *plan, state))
+                recorder.record(position, {**metrics, **data_metrics})  # waits for the step before, not for this one
+                stopwatch.end(position.step, data_metrics["data_wait_s"])
+                evaluations.after_step(position, state, beat)
+                saver.after_step(position, notice, functools.partial(plain, state), beat, ends=evaluations.is_saturated)
         saver.finish()
         beat()
-        state = step.plain(*plan, state)
-        sampling.record_samples(spec, mesh, state, recorder)
+        sampling.record_samples(spec, mesh, state := plain(state), recorder)
         programs.tell()
     return state
+
+
+def recorded(
+    spec: RunSpec, run: RunDir, claim: Claim, report: Callable[[dict[str, Any]], None], watch: HealthWatch
+) -> Recorder:
+    """Returns the recorder of an incarnation, whose records `watch` checks."""
+    kept = {"row_tokens": spec.data.seq_len, "trackers": spec.trackers, "check": watch.check}
+    return Recorder(run, claim, report, **kept)
 
 
 def check_process_group(spec: RunSpec) -> None:
@@ -134,12 +145,12 @@ class Batches:
         loader: Loader,
         position: Position,
         on_render: Callable[[], object] = lambda: None,
+        incidents: Sequence[Incident] = (),
     ) -> None:
         self._spec, self._mesh, self._loader, self._on_render = spec, mesh, loader, on_render
         self._rendering: deque[str] = deque()  # groups, in words; from the thread that reads to the one that records
-        rows = spec.train.batch_rows
-        left = (spec.train.total_steps - position.step) * rows
-        self._coming = Prefetch(self._read, range(position.next_row, position.next_row + left, rows))
+        steps = spec.train.total_steps - position.step
+        self._coming = Prefetch(self._read, first_rows(position.next_row, steps, spec.train.batch_rows, incidents))
 
     def __enter__(self) -> Batches:
         return self

@@ -211,7 +211,7 @@ def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) 
         "superseded": "another driver has claimed this run directory",
         "bad_input": f"the input is wrong: {last_line}",
         "damaged_checkpoint": f"the checkpoint cannot be trusted: {last_line}",
-        "bad_numbers": f"the loss is not finite: {last_line}",
+        "bad_numbers": f"the loss is not finite, or has leapt up: {last_line}",
         "out_of_memory": f"rank {ranks} ran out of memory",
         "raised": f"rank {ranks} raised: {last_line}",
         "hung": f"rank {ranks} made no progress: {last_line}",

@@ -6,14 +6,17 @@ read. Neither is waited for: the run directory is the record, these are the view
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
 
+from openmoe.platform import memory_kills
 from openmoe.platform.lineage import Claim
 from openmoe.platform.run_dir import RunDir
 from openmoe.platform.spec import RunSpec
+from openmoe.platform.stragglers import Pace
 from openmoe.platform.verdict import Failure
 from openmoe.platform.watchdog import Watchdog
 
@@ -32,7 +35,7 @@ def work(config: dict[str, Any]) -> None:
     from openmoe.platform import train_loop, worker_group
 
     board, rank = config["board"], jax.process_index()
-    board.place.remote(rank, ray.get_runtime_context().get_node_id())
+    board.place.remote(rank, ray.get_runtime_context().get_node_id(), memory_kills.count())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
     gauges = StepGauges(spec, claim)
@@ -41,21 +44,23 @@ def work(config: dict[str, Any]) -> None:
         board.put.remote({key: record[key] for key in ("step", "loss", "step_s", "time_s")})
         gauges.set(record)
 
-    announced = worker_group.announced_end_s
-    with watched(board, rank, spec.cluster.step_timeout_s) as watchdog:
-        rendered = board.rendered.remote
-        train_loop.train(
-            spec, run, claim, config["manifest"], report, watchdog.beat, rendered, config["seen"], announced
-        )
+    def tell_pace(pace: Pace) -> None:
+        board.pace.remote(rank, pace)
+
+    timeout_s, multiple, least_s = spec.cluster.step_timeout_s, spec.health.hang_multiple, spec.health.hang_least_s
+    announced, rendered = worker_group.announced_end_s, board.rendered.remote
+    with watched(board, rank, timeout_s, multiple=multiple, least_s=least_s) as watchdog:
+        hooks = (report, watchdog.beat, rendered, config["seen"], announced, tell_pace)
+        train_loop.train(spec, run, claim, config["manifest"], *hooks)
 
 
-def watched(board: Any, rank: int, timeout_s: float) -> Watchdog:
+def watched(board: Any, rank: int, timeout_s: float, *, multiple: float = math.inf, least_s: float = 0) -> Watchdog:
     """Returns the watchdog of this worker: before it ends the worker, the board hears where it was stuck."""
 
     def tell(stack: str) -> None:
         ray.get(board.fail.remote(Failure(rank=rank, kind="hung", text=stack)), timeout=TELL_TIMEOUT_S)
 
-    return Watchdog(timeout_s, tell)
+    return Watchdog(timeout_s, tell, multiple=multiple, least_s=least_s)
 
 
 class StepGauges:

@@ -10,6 +10,7 @@ TPU alike, with timeouts.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -256,9 +257,15 @@ def _huge_pages() -> dict[str, str]:
 
 # Words of JAX's own errors when the other side of a collective, or the coordinator, has gone.
 _LOST_PEER_WORDS = ("gloo", "nccl", "coordination service", "heartbeat", "connection reset", "unavailable")
+# JAX on CPU, GPU and TPU say the first; CUDA, a TPU's compiler and loader, C++ and Ray's memory monitor the others.
+_MEMORY_WORDS = (
+    *("resource_exhausted", "cuda_error_out_of_memory", "ran out of memory in memory space", "attempting to reserve"),
+    *("std::bad_alloc", "running low on memory"),
+)
 _KIND_OF_NAME: Mapping[str, FailureKind] = {
     "NonFiniteLoss": "bad_numbers",
     "NonFiniteState": "bad_numbers",
+    "LossSpike": "bad_numbers",
     "DamagedCheckpoint": "damaged_checkpoint",
     "Superseded": "superseded",
 }
@@ -276,7 +283,7 @@ def _kind(error: BaseException) -> FailureKind:
     words = str(cause).lower()
     if isinstance(cause, MemoryError | ray.exceptions.OutOfMemoryError):
         return "out_of_memory"
-    if "resource_exhausted" in words or "running low on memory" in words:
+    if any(word in words for word in _MEMORY_WORDS) or getattr(cause, "errno", None) == errno.ENOMEM:
         return "out_of_memory"
     if isinstance(cause, ray.exceptions.RayActorError):
         return "process_died"

@@ -49,7 +49,7 @@ PURE = (
     "spec", "spec_sections", "spec_checks", "spec_source", "spec_yaml", "spec_errors", "spec_paths", "run_length",
     "cluster_fit", "lineage", "verdict", "job", "job_events", "placement", "cron", "attempt_end", "story", "ablation",
     "goodput", "ledger", "facts", "validate_memory", "plan", "plan_assumptions", "plan_choice", "plan_hardware",
-    "plan_page", "plan_program", "plan_time", "plan_work", "cadence",
+    "plan_page", "plan_program", "plan_time", "plan_work", "cadence", "saturation", "health", "stragglers",
     "spec_optimizer",
 )  # fmt: skip
 FILES = (
@@ -61,7 +61,7 @@ FILES = (
     "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
     "dashboard.views", "dashboard.accounts", "dashboard.watch", "dashboard.summary", "ledger_data",
     "milestones", "attempt_log", "goodput_records", "compile_cache", "train_step", "profiling",
-    "wandb_curves", "pace", "notice",
+    "wandb_curves", "pace", "notice", "evaluation", "health_watch", "memory_kills",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 

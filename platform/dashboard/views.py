@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ SILENT_AFTER_STEPS = 20
 RECENT_STEPS = 50
 SPARK_POINTS = 80
 MAX_SENTENCES = 400
+MAX_EVALUATIONS = 400
 COLUMNS = ("step", "time_s", "step_s", "text_loss", "drop_fraction", "grad_norm")
 # Events after which a run has a reason not to show a step.
 WAITS = {"waits_for_data": "waits for data", "renders_data": "is ahead of its data and renders it"}
@@ -77,6 +78,14 @@ class Figures:
     read_all: bool = False
 
 
+class Evaluation(NamedTuple):
+    """Held-out losses after a step, nats, by name; None where one is not finite."""
+
+    step: int
+    time_s: float
+    losses: dict[str, float | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class History:
     """What changes seldom: what happened, and what the run is.
@@ -84,6 +93,7 @@ class History:
     Attributes:
       story: in words, oldest first; the newest MAX_SENTENCES of them.
       samples: (prompt, continuation) of the newest sampling.
+      held_out: the newest MAX_EVALUATIONS evaluations that count, oldest first.
       spec: the resolved run file.
       account: where its time went; None before its first attempt.
       result: lines of the report of a finished run.
@@ -94,6 +104,7 @@ class History:
     story: tuple[Sentence, ...]
     story_left_out: int
     samples: tuple[tuple[str, str], ...]
+    held_out: tuple[Evaluation, ...]
     facts: tuple[tuple[str, str], ...]
     spec: str
     account: Account | None
@@ -228,7 +239,7 @@ def history(run: RunFollower, of_jobs: Iterable[Sentence] = (), result: Iterable
       of_jobs: what the controller has to tell about it.
       result: lines of its report.
     """
-    sampled = incidents.first(run.events[::-1], "sampled")
+    sampled = next((event for event in reversed(run.events) if "samples" in event), {})
     records = story.RunRecords(
         claims=run.claims,
         starts=run.starts,
@@ -243,11 +254,19 @@ def history(run: RunFollower, of_jobs: Iterable[Sentence] = (), result: Iterable
         story=tuple(told[-MAX_SENTENCES:]),
         story_left_out=max(len(told) - MAX_SENTENCES, 0),
         samples=tuple((str(prompt), str(text)) for prompt, text in sampled.get("samples", ())),
+        held_out=tuple(_held_out(run))[-MAX_EVALUATIONS:],
         facts=tuple(_facts(run)),
         spec=spec_yaml.dump(run.record["spec"]) if run.record else "",
         account=accounts.account(run),
         result=tuple(line.strip() for line in result),
     )
+
+
+def _held_out(run: RunFollower) -> Iterable[Evaluation]:
+    for event in run.events:
+        if event["event"] == "evaluated" and event["step"] <= run.ends.get(event["incarnation"], math.inf):
+            losses = {name: _finite(loss) for name, loss in event["losses"].items()}
+            yield Evaluation(event["step"], event["time_s"], losses)
 
 
 def _facts(run: RunFollower) -> Iterable[tuple[str, str]]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from openmoe.model import attention, sharding, step
-from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig, OptimizerConfig
+from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 
-OPTIMIZER = OptimizerConfig(learning_rate=0.5, warmup_steps=25)
+OPTIMIZER = AdafactorConfig(learning_rate=0.5, warmup_steps=25)
 NANO, NEXT = (replace(PRESETS[name], group_size=256) for name in ("openmoe-nano", "openmoe-next-nano"))
 SCANNED = ExecutionConfig(scan_blocks=True, remat="full")
 ROWS, ROW_LEN = 4, 256

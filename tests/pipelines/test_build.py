@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoe.pipelines import audit, selection, shards, sources, stdlib_corpus, storage, token_cache
+from openmoe.pipelines import audit, passes, selection, shards, sources, stdlib_corpus, storage, token_cache
 from openmoe.pipelines import build as builder
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.build import _tokenize_task as tokenize_task
@@ -285,6 +285,12 @@ def test_duplicates_and_validation_are_taken_out_over_the_same_token_cache(ray_l
     same = builder.build(asked, str(tmp_path / "new"), min_rows=20, place=builder.Workplace(num_workers=1))
     assert tree(tmp_path / "new" / "selections") == tree(copied / "selections")
     assert loader_of(same, tmp_path).records(0, 20) == loader_of(chosen, tmp_path).records(0, 20)
+    told = []
+    for _ in range(2):
+        builder.pack_validation(same, lambda *progress: told.append(progress), builder.Workplace(num_workers=1))
+    kept_apart = [stream for stream in range(len(same.streams)) if passes.validation_units(same, stream)]
+    assert told[-1] == ("hold out", len(kept_apart), len(kept_apart), "streams")
+    assert all(passes.packed_validation(same, stream) for stream in kept_apart)
     twice = replace(again, paths=again.paths[:1])
     with pytest.raises(DataError, match=r"sources\.again: of its documents \d+ were there before, and 0 are for valid"):
         builder.build(replace(base, sources=(*base.sources, twice)), str(copied), min_rows=20)

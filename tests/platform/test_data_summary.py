@@ -70,6 +70,7 @@ def test_a_stream_is_summed_over_its_finished_passes(data_dir):
         bad=3,
         duplicates=0,
         validation=0,
+        validation_rows=0,
         tokens=1024,
         passes=2,
         rows=8,

@@ -6,9 +6,11 @@ from openmoe.pipelines.config import DataError
 from openmoe.platform import driver, hosts, spec
 from openmoe.platform.board import Board
 from openmoe.platform.driver import Attempt
+from openmoe.platform.journal import Journal, read
 from openmoe.platform.lineage import Acceptance
 from openmoe.platform.progress import ProgressReport
 from openmoe.platform.run_dir import RunDir
+from openmoe.platform.stragglers import Pace
 from openmoe.platform.verdict import Evidence, Failure
 
 CRASH = Evidence(failures=(Failure(rank=1, kind="raised", text="Traceback at 0x7f00\nKeyError: 'no such layer'"),))
@@ -78,6 +80,28 @@ def test_a_spent_budget_ends_the_attempt_with_exit_code_1_and_the_trace(attempt)
     assert "KeyError: 'no such layer'\n" in said
 
 
+def test_bad_numbers_are_rewound_within_their_budget_and_the_rows_left_out(attempt, tmp_path, monkeypatch):
+    spiked = Evidence(failures=(Failure(rank=0, kind="bad_numbers", text="LossSpike: step 31, rows 28..31"),))
+    judge = Attempt._judge
+
+    def journal_first(self, claim, journal, verdict):
+        facts = {"step": 31, "rows": [28, 32], "what": "loss 9.0", "is_spike": True}
+        journal.append({"event": "bad_numbers", "time_s": 1.0, **facts})
+        journal.flush()
+        return judge(self, claim, journal, verdict)
+
+    monkeypatch.setattr(Attempt, "_judge", journal_first)
+    overrides = ["health.on_bad_numbers=rewind", "budgets.bad_numbers=1"]
+    finished, _, said, ended = attempt(20, spiked, None, overrides=overrides)
+    run = RunDir(f"{tmp_path}/run")
+    assert finished
+    assert ended[0]["decision"]["action"] == "retry"
+    [incident] = run.incidents()
+    assert (incident.incarnation, incident.rows, incident.reason) == (1, (28, 32), "step 31: loss 9.0")
+    assert run.claims()[-1].resumes == 1
+    assert "  goes back to step 20, and leaves out rows [28, 32)" in said
+
+
 def test_the_same_crash_without_progress_ends_the_attempt_whatever_the_machines_did_in_between(attempt):
     ends = (20, crash("0x7f01"), EVICTION, DEATH, crash("0x7f02"))
     finished, exit_code, _, ended = attempt(*ends, overrides=["budgets.bad_code=9"])
@@ -140,3 +164,15 @@ def test_it_says_once_when_training_got_ahead_of_the_build(tmp_path, capsys):
         "training got ahead of the build: 5 group(s) of rows rendered on read so far",
     ]
     assert tried.position_steps() == 4
+
+
+def test_a_worker_that_holds_the_others_up_is_named_once_with_its_host(tmp_path):
+    journal, said = Journal(f"{tmp_path}/journal", incarnation=1, process=driver.DRIVER), []
+    paces = driver._Paces(journal, said.append)
+    assert not paces.are_due()
+    slow = {0: Pace(1, 9, 0.1, 0.0, 1.0), 1: Pace(1, 9, 0.7, 0.0, 1.0)}
+    for told in ({}, slow, slow, {0: slow[0]}, slow):
+        paces.look(told, ["host-a", "host-b"])
+    assert [line.partition(" holds")[0] for line in said] == ["rank 1 on host-b"] * 2
+    events = [record for _, _, record in read(f"{tmp_path}/journal")]
+    assert [(e["event"], e["rank"], e["host"], e["own_s"]) for e in events] == [("straggler", 1, "host-b", 0.7)] * 2

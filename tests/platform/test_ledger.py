@@ -75,6 +75,12 @@ class History:
         self.position = Position(self.position.step, row + BATCH_ROWS)
         self._append(ledger.skipped(self.head, self.position, row, "loss spike"))
 
+    def unapplied(self):
+        """A step whose update is not made."""
+        row, self.position = self.position.next_row, self.position.after(rows=BATCH_ROWS)
+        checksum = content(row, self.position.next_row)
+        self._append(ledger.trained(self.head, self.position, row, checksum, "update skipped: loss nan"))
+
     def accept(self):
         newest = self.newest_accepted()
         if self.position.step <= (newest.step if newest else 0):
@@ -118,7 +124,7 @@ def compare(entry):
 
 STEPS = ["step"] * 6
 ACTIONS = st.lists(
-    st.sampled_from(["step", "step", "step", "accept", "accept", "skip", "preempt", "quarantine", "zombie"]),
+    st.sampled_from([*["step"] * 3, *["accept"] * 2, "skip", "unapplied", "preempt", "quarantine", "zombie"]),
     max_size=40,
 )
 
@@ -130,10 +136,11 @@ def test_of_any_history_it_says_what_happened(actions):
     found = made.verify(compare=compare)
     assert found.holds, found.contradiction
     counted = [made.records[i][1] for i in made.counted()]
-    trained = [r for r in counted if "checksum" in r]
-    assert found.position == Position(trained[-1]["step"], counted[-1]["rows"][1])
+    steps_taken = [r for r in counted if "checksum" in r]
+    trained = [r for r in steps_taken if "skipped" not in r]
+    assert found.position == Position(steps_taken[-1]["step"], counted[-1]["rows"][1])
     assert [row for r in counted for row in range(*r["rows"])] == list(range(found.position.next_row))
-    assert found.compared == len(trained) == found.position.step
+    assert found.compared == len(steps_taken) == found.position.step
     assert found.trained_rows == BATCH_ROWS * len(trained)
     assert sum(s.hi - s.lo for s in found.skipped) == BATCH_ROWS * (len(counted) - len(trained))
     steps = dict.fromkeys(("counts", "undone", "not accepted"), 0)
@@ -157,7 +164,7 @@ def test_records_that_were_not_durable_when_everything_was_killed_are_not_missed
 @settings(deadline=None)
 @given(ACTIONS)
 def test_equal_heads_mean_the_same_batches_whatever_happened_between(actions):
-    made = history(*[a for a in actions if a != "skip"], *STEPS, "accept")
+    made = history(*[a for a in actions if a not in ("skip", "unapplied")], *STEPS, "accept")
     undisturbed = history(*["step"] * made.position.step, "accept")
     assert made.verify().head == undisturbed.verify().head
 
@@ -192,6 +199,7 @@ DAMAGE = {
     "checksum": _change(checksum=lambda r: [1, 2]),
     "digest": _change(digest=lambda r: "0" * 64),
     "trained on, not skipped": _change(skipped=lambda r: "it was not"),
+    "update made, not skipped": _change(skipped=lambda r: "it was not"),
     "too large": _change(checksum=lambda r: [2**32, 0]),
     "no numbers": _change(rows=lambda r: ["0", "4"]),
 }

@@ -127,3 +127,23 @@ def test_whatever_happened_what_is_removed_is_never_wanted(history, keep):
     losses = sorted(a.metrics["loss"] for a in valid if a.metrics["loss"] < 9)
     assert sorted(a.metrics["loss"] for a in valid if "best loss" in why.get(a.number, ())) == losses[: keep.best]
     assert gone == found - {a.checkpoint for a in valid if a.number in why} - {being_written}
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 11), st.booleans()), min_size=1, max_size=8))
+def test_of_any_history_every_step_that_asks_for_it_has_one_evaluation(history):
+    """After every third step, recorded before that step is accepted; what was not accepted may be lost in a kill."""
+    claims, acceptances, records = [], [], {}
+    for incarnation, (num_steps, saved_after, loses_the_rest) in enumerate(history, start=1):
+        valid = valid_acceptances(claims, acceptances)
+        start = valid[-1].step if valid else 0
+        claims.append(claim(incarnation, valid[-1].number if valid else 0))
+        evaluated = [{"step": step} for step in range(start + 1, start + num_steps + 1) if step % 3 == 0]
+        saves = 1 <= saved_after <= num_steps
+        if saves:
+            acceptances.append(accepted(len(acceptances) + 1, incarnation, start + saved_after))
+        if loses_the_rest and incarnation < len(history):
+            kept = start + saved_after if saves else start
+            evaluated = [record for record in evaluated if record["step"] <= kept]
+        records[incarnation] = evaluated
+    last = start + num_steps
+    assert [r["step"] for r in trace(claims, acceptances, records)] == list(range(3, last + 1, 3))

@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -14,11 +15,11 @@ from openmoe.model import checksum
 from openmoe.pipelines import build, stdlib_corpus, storage
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import cadence, cli, journal, ledger, ledger_data, report, spec
+from openmoe.platform import cadence, cli, health, journal, ledger, ledger_data, report, spec
 from openmoe.platform.cadence import NOTHING_SEEN, Seen
+from openmoe.platform.health import NonFiniteLoss
 from openmoe.platform.ledger_data import Comparison
 from openmoe.platform.lineage import Position
-from openmoe.platform.recorder import NonFiniteLoss
 from openmoe.platform.restore import DamagedCheckpoint
 from openmoe.platform.run_dir import RunDir, RunDirError
 from openmoe.platform.saver import Superseded
@@ -201,6 +202,62 @@ def test_a_loss_that_is_not_finite_ends_the_incarnation_with_its_rows(train, tmp
         train("a", "optimizer.learning_rate=1.0e+30")
     [event] = [e for e in RunDir(str(tmp_path / "a")).events() if e["event"] == "raised"]
     assert event["error"].startswith("NonFiniteLoss: step")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Returns the function that makes the batch from a row on one of whose losses nothing can be learned."""
+    from openmoe.platform import train_loop
+
+    read = train_loop.global_batch
+
+    def at(row):
+        def poisoned(spec, mesh, loader, *, first_row):
+            batch = read(spec, mesh, loader, first_row=first_row)
+            if first_row != row:
+                return batch
+            weights = batch["loss_weights"]
+            wild = weights.at[0, 0, :2].set(np.asarray([3e38, -3e38], np.float32))  # inf - inf, and a finite sum
+            return batch | {"loss_weights": jax.device_put(wild, weights.sharding)}
+
+        monkeypatch.setattr(train_loop, "global_batch", poisoned)
+
+    return at
+
+
+def test_a_run_goes_back_to_a_clean_checkpoint_leaves_the_guilty_rows_out_and_the_ledger_proves_it(
+    train, poison, tmp_path
+):
+    poison(32)
+    rewinds = ("health.on_bad_numbers=rewind", "budgets.bad_numbers=1")
+    with pytest.raises(NonFiniteLoss, match=r"step 5, rows 24\.\.39: loss nan"):
+        train("a", *rewinds)
+    run = RunDir(str(tmp_path / "a"))
+    run.add_incident(health.incident_of(run.events(), 1))  # as the driver does
+    assert run.newest_accepted().step == 2
+    train("a", *rewinds)
+    assert [r["rows"][0] for r in run.trace()] == [0, 8, 16, 40, 48, 56]
+    exit_code, found = openmoe("ledger", "verify", run.path)
+    assert (exit_code, found["steps"], found["compared"], found["next_row"]) == (0, 6, 6, 64)
+    why = "incident of incarnation 1: step 5: loss nan"
+    assert found["skipped"] == [{"incarnation": 2, "lo": 24, "hi": 40, "incident": why}]
+    shown = CliRunner().invoke(cli.app, ["ledger", "verify", run.path]).stdout
+    assert shown.splitlines()[-1] == "PROVEN: each row of [0, 64) was trained on exactly once or skipped as listed"
+    uses = openmoe("data", "explain", run.path, "--row", "33")[1]["uses"]
+    assert {(use["incarnation"], use["fate"]) for use in uses} == {(1, "undone"), (2, f"skipped: {why}")}
+
+
+def test_an_update_that_is_not_finite_is_not_made_and_counted_and_the_ledger_names_its_rows(train, poison):
+    poison(16)
+    run = train("a", "health.on_bad_numbers=skip", "train.steps=4")
+    assert [r["update_skipped"] for r in run.trace()] == [0, 0, 1, 0]
+    assert [np.isfinite(r["loss"]) for r in run.trace()] == [True, True, False, True]
+    _, found = openmoe("ledger", "verify", run.path, "--no-data")
+    incident = f"update skipped: loss nan, gradient norm {run.trace()[2]['grad_norm']}"
+    assert found["skipped"] == [{"incarnation": 1, "lo": 16, "hi": 24, "incident": incident}]
+    assert (found["holds"], found["steps"], found["trained_rows"]) == (True, 4, 24)
+    with pytest.raises(NonFiniteLoss, match=r"step 3, rows 8\.\.23: 1 steps in a row were skipped"):
+        train("b", "health.on_bad_numbers=skip", "health.max_skips=0")
 
 
 def test_other_data_than_the_run_was_trained_on_is_refused(train, data, tmp_path):

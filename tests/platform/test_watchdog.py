@@ -2,7 +2,11 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from openmoe.platform import watchdog
 from openmoe.platform.prefetch import Prefetch
 from openmoe.platform.watchdog import Watchdog
 
@@ -45,8 +49,58 @@ def test_a_process_that_cannot_tell_is_ended_all_the_same():
 
 def test_whoever_beats_lives_and_a_block_that_is_left_is_watched_no_more():
     ended = threading.Event()
-    with Watchdog(0.5, lambda stack: None, ended.set) as watchdog:
+    with Watchdog(0.5, lambda stack: None, ended.set) as watching:
         for _ in range(12):
             time.sleep(0.1)
-            watchdog.beat()
+            watching.beat()
     assert not ended.wait(0.7)
+
+
+def watchdog_after(steps_s, now, monkeypatch, **patience):
+    """A watchdog that was told of such steps, by a clock that is set."""
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    made = Watchdog(1000.0, lambda stack: None, lambda: None, **patience)
+    for step_s in steps_s:
+        made.beat(step=True)
+        now[0] += step_s
+    made.beat(step=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("steps_s", "limit_s"),
+    [
+        ([2.0] * 10, 100.0),
+        ([2.0] * 9, 1000.0),  # too few
+        ([60.0, *[2.0] * 20], 100.0),  # the first one compiles
+        ([0.1] * 10, 30.0),  # never below least_s
+        ([60.0] * 10, 1000.0),  # never above timeout_s
+        ([2.0] * 11 + [4.0] * 101, 200.0),  # the newest count
+    ],
+)
+def test_a_step_has_as_long_as_so_many_median_steps_within_bounds(steps_s, limit_s, monkeypatch):
+    made = watchdog_after(steps_s, [0.0], monkeypatch, multiple=50.0, least_s=30.0)
+    assert made._limit_s == limit_s
+    made.beat()  # a save, an evaluation
+    assert made._limit_s == 1000.0
+
+
+def test_what_is_no_step_does_not_count_as_one(monkeypatch):
+    now = [0.0]
+    made = watchdog_after([2.0] * 10, now, monkeypatch, multiple=50.0)
+    for _ in range(200):
+        made.beat()
+        now[0] += 90.0
+        made.beat(step=True)
+    assert made._limit_s == 100.0
+
+
+def test_a_step_that_takes_far_longer_than_its_like_is_ended():
+    told, ended = [], threading.Event()
+    with Watchdog(60.0, told.append, ended.set, multiple=20.0, least_s=0.2) as watching:
+        for _ in range(12):
+            watching.beat(step=True)
+            time.sleep(0.01)
+        stand_still(ended)
+    assert ended.is_set()
+    assert "in stand_still" in told[0]

@@ -1,5 +1,6 @@
 """A worker group under a real Ray: one JAX process group on CPU, and honest evidence of how it ended."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import ray.exceptions
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.storage import StorageError
 from openmoe.platform import spec, verdict, worker_group
-from openmoe.platform.recorder import NonFiniteLoss
+from openmoe.platform.health import LossSpike, NonFiniteLoss
 from openmoe.platform.restore import DamagedCheckpoint
 from openmoe.platform.run_dir import RunDirError
 from openmoe.platform.saver import Superseded
@@ -82,6 +83,24 @@ def test_an_exception_in_a_worker_is_bad_code_with_its_trace(run_group):
         (MemoryError(), "out_of_memory"),
         (ray.exceptions.OutOfMemoryError("a worker was killed"), "out_of_memory"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes."), "out_of_memory"),
+        (
+            jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+                "Used 20.13G of 15.75G hbm."
+            ),
+            "out_of_memory",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: Ran out of memory in memory space vmem."), "out_of_memory"),
+        (
+            jax.errors.JaxRuntimeError(
+                "INTERNAL: Error loading program: Attempting to reserve 5.6G at the bottom of memory."
+            ),
+            "out_of_memory",
+        ),
+        (jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "out_of_memory"),
+        (jax.errors.JaxRuntimeError("INTERNAL: std::bad_alloc"), "out_of_memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory"),
+        (OSError(errno.ENOENT, "No such file"), "raised"),
         (ray.exceptions.NodeDiedError("the node was running low on memory"), "out_of_memory"),
         (ray.exceptions.RayActorError(), "process_died"),
         (ray.exceptions.ActorDiedError(), "process_died"),
@@ -89,6 +108,7 @@ def test_an_exception_in_a_worker_is_bad_code_with_its_trace(run_group):
         (RunDirError("run_dir: belongs to another run"), "bad_input"),
         (StorageError("shard: cannot be read"), "bad_input"),
         (NonFiniteLoss("step 3: loss nan"), "bad_numbers"),
+        (LossSpike("step 3: loss 9"), "bad_numbers"),
         (DamagedCheckpoint(1, "its bits differ"), "damaged_checkpoint"),
         (Superseded("incarnation 1 is no longer the newest"), "superseded"),
         (jax.errors.JaxRuntimeError("INTERNAL: Gloo AllReduce failed: Connection reset by peer"), "lost_peer"),

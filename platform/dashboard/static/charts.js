@@ -25,7 +25,7 @@ export class LineChart {
     onThemeChange(() => this.model && this.show(this.model, true));
   }
 
-  // model: {axis: "step" | "time", line, values, undone, reference: {label, value}, marks}, see run_page.js
+  // model: {axis: "step" | "time", line, values, undone, reference: {label, value}, marks, heldOut}, see run_page.js
   show(model, anew = false) {
     const rebuild = anew || !this.plot || model.axis !== this.model.axis;
     this.model = model;
@@ -62,7 +62,7 @@ export class LineChart {
   }
 
   #data() {
-    const { axis, line, values, undone, reference } = this.model;
+    const { axis, line, values, undone, reference, heldOut } = this.model;
     const rows = { x: [], low: [], high: [], mean: [] };
     const push = (x, mean, low, high) => {
       rows.x.push(x);
@@ -81,6 +81,7 @@ export class LineChart {
     const constant = rows.x.map(() => reference?.value ?? null);
     const tables = [[rows.x, rows.low, rows.high, rows.mean, this.trend ? trendOf(rows.x, rows.mean) : constant, constant]];
     tables.push(undone ? undonePoints(undone, axis) : [[rows.x[0]], [null]]);
+    tables.push(heldOut?.length ? [heldOut.map((e) => (axis === "time" ? e[1] : e[0])), heldOut.map((e) => e[2].text_loss ?? null)] : [[rows.x[0]], [null]]);
     const wideGaps = tables.map((table) => table.map(() => 2)); // a null also covers points that only the other table has
     return uPlot.join(tables, wideGaps);
   }
@@ -117,6 +118,7 @@ export class LineChart {
         { show: this.trend, stroke: accent, width: 2, ...quiet },
         { stroke: soft, width: 1, dash: [6, 4], ...quiet },
         { stroke: color("warn"), width: 1.25, dash: [3, 3], ...quiet },
+        { stroke: color("good"), width: 1.5, points: { show: true, size: 5, fill: color("good") } },
       ],
       bands: ranged ? [{ series: [2, 1], fill: `${color("accent-soft")}55` }] : [],
       hooks: { draw: [(u) => this.#drawMarks(u)], setCursor: [(u) => this.#read(u.cursor.idx, u)] },
@@ -124,9 +126,10 @@ export class LineChart {
   }
 
   #keyEntries() {
-    const { values, undone, reference, marks } = this.model;
+    const { values, undone, reference, marks, heldOut } = this.model;
     const entries = [["mean", values.low ? "mean and range of some steps" : "each step"], ["trend", "trend"]];
     if (reference) entries.push(["reference", reference.label]);
+    if (heldOut?.length) entries.push(["held-out", "text it has never read"]);
     if (undone) entries.push(["undone", "trained again later"]);
     if (marks.some((mark) => !mark.mood)) entries.push(["start", "a worker group or a stage starts"]);
     if (marks.some((mark) => mark.mood)) entries.push(["incident", "an incident; hover for its cause"]);
@@ -167,11 +170,12 @@ export class LineChart {
     if (i === null || i === undefined) i = data[3].findLastIndex((value) => value !== null && value !== undefined);
     if (i < 0) return void (this.readout.textContent = "");
     const at = axis === "time" ? moment(data[0][i]) : `step ${whole(data[0][i])}`;
-    const [low, high, mean, trend, , undone] = data.slice(1).map((column) => column[i]);
+    const [low, high, mean, trend, , undone, heldOut] = data.slice(1).map((column) => column[i]);
     const parts = [at];
     if (mean !== null && mean !== undefined) parts.push(`${this.format(mean)} ${this.unit}`);
     if (high > low) parts.push(`${this.format(low)} to ${this.format(high)}`);
     if (this.trend && trend) parts.push(`trend ${this.format(trend)}`);
+    if (heldOut) parts.push(`held out ${this.format(heldOut)}`);
     if (undone) parts.push(`undone ${this.format(undone)}`);
     if (reference && line.step.length) parts.push(`${reference.label} ${this.format(reference.value)}`);
     this.readout.textContent = parts.join(" · ");

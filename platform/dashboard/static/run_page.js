@@ -6,6 +6,7 @@ import { HeatMap, loadLegend } from "./heatmap.js";
 const SHOWN_INCARNATIONS = 8;
 // How a cause is drawn: what counts, what was lost, what was not held; the rest is work around the steps.
 const SPENT = { step: "counts", redone: "lost", idle: "lost", unrecorded: "lost", capacity: "free", absent: "free", stopped: "free" };
+const SHOWN_EVALUATIONS = 6;
 
 export class RunPage {
   constructor(main) {
@@ -22,10 +23,11 @@ export class RunPage {
     this.account = el("section", { id: "account" });
     this.load = el("section", { id: "load" });
     this.story = el("section", { id: "story" });
+    this.heldOut = el("section", { id: "held-out", hidden: true });
     this.samples = el("section", { id: "samples", hidden: true });
     this.facts = el("section", { id: "facts" });
     const small = el("section", { class: "bare columns" }, this.speed.box, this.drops.box, this.gradients.box);
-    main.replaceChildren(this.status, this.jobs, this.loss.box, small, this.timeline, this.account, this.load, this.story, this.samples, this.facts);
+    main.replaceChildren(this.status, this.jobs, this.loss.box, small, this.heldOut, this.timeline, this.account, this.load, this.story, this.samples, this.facts);
     this.heatMaps = [];
     onThemeChange(() => this.snapshot && this.#showTimeline());
   }
@@ -110,7 +112,7 @@ export class RunPage {
     const marks = [...marksOf(history.incarnations), ...stageMarks(history.stages, curves.line)];
     const model = (name, more = {}) => ({ axis: this.axis, line: curves.line, values: curves.line[name], marks, undone: null, reference: null, ...more });
     const unigram = figures.unigram_entropy;
-    this.loss.show(model("text_loss", { undone: curves.undone.step.length ? curves.undone : null, reference: unigram ? { label: "unigram entropy", value: unigram } : null }));
+    this.loss.show(model("text_loss", { heldOut: history.held_out, undone: curves.undone.step.length ? curves.undone : null, reference: unigram ? { label: "unigram entropy", value: unigram } : null }));
     this.speed.show(model("tokens_per_s"));
     this.gradients.show(model("grad_norm"));
     const dense = curves.line.step.length > 0 && curves.line.drop_fraction.mean.every((value) => value === null);
@@ -130,9 +132,24 @@ export class RunPage {
     for (const map of this.heatMaps) map.show(load, this.snapshot.figures.step);
   }
 
+  #showHeldOut() {
+    const evaluations = this.snapshot.history.held_out.slice(-SHOWN_EVALUATIONS).toReversed();
+    this.heldOut.hidden = evaluations.length === 0;
+    if (!evaluations.length) return;
+    const names = [...new Set(evaluations.flatMap(([, , losses]) => Object.keys(losses)))];
+    const rows = evaluations.map(([step, , losses]) => el("tr", {}, [whole(step), ...names.map((name) => losses[name]?.toFixed(3) ?? "")].map((text) => el("td", { class: "num" }, text))));
+    const heads = ["step", ...names.map((name) => ({ loss: "all", text_loss: "without sentinels" })[name] ?? name.replace("loss/", ""))];
+    renew(
+      this.heldOut,
+      el("header", {}, el("h2", {}, "What of text it has never read?"), el("p", { class: "note" }, "cross-entropy in nats, by source and denoiser")),
+      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads.map((name) => el("th", { scope: "col", class: "num" }, name)))), el("tbody", {}, rows))),
+    );
+  }
+
   #showHistory() {
     this.#showTimeline();
     this.#showAccount();
+    this.#showHeldOut();
     const { story, story_left_out: leftOut, samples, facts, spec, result } = this.snapshot.history;
     const sentences = story.toReversed().map((s) =>
       el("li", {}, el("time", {}, moment(s.time_s)), el("span", { class: s.kind }, s.text), s.evidence.map((line) => el("span", { class: "note" }, line))),

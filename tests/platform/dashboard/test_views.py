@@ -153,6 +153,29 @@ def test_a_run_that_reached_its_end_and_was_made_longer_has_no_incident(written)
     assert history.samples == (("import", " os"),)
 
 
+def test_evaluations_that_count_are_shown_and_undone_ones_are_not(written):
+    run = written()
+    run.claim()
+    run.train(20)
+    run.accept()
+    for step, loss in ((20, 5.0), (30, 4.9)):
+        run.event("evaluated", step=step, losses={"loss": loss}, samples=[["import", f" at {step}"]])
+    run.end()
+    run.claim(after_s=60)
+    run.event("evaluated", step=30, losses={"loss": float("nan")})
+    run.event("alarm", alarm="expert_collapse", begins=True, step=31, value=0.004, layer=1, expert=7)
+    run.event("left_out", step=31, rows=[124, 132], incident="incident of incarnation 1: step 31: loss nan")
+    run.event("update_skipped", step=33, rows=[140, 144], total_loss="nan", grad_norm="nan")
+    history = views.history(follow(run))
+    assert [(e.step, e.losses) for e in history.held_out] == [(20, {"loss": 5.0}), (30, {"loss": None})]
+    assert history.samples == (("import", " at 30"),)
+    assert [s.text for s in history.story if s.kind == "trouble"] == [
+        "expert 7 of MoE layer 1 is asked for 0.4% of its even share at step 31",
+        "rows [124, 132) are left out: incident of incarnation 1: step 31: loss nan",
+        "updates that were not finite were skipped: steps 33",
+    ]
+
+
 def test_the_history_tells_the_story_and_the_facts(written):
     run = written().with_two_interruptions()
     history = views.history(follow(run))
