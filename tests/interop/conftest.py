@@ -16,6 +16,10 @@ from openmoe.model import hf_checkpoint, sharding
 from openmoe.model.interop import InMemory
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+with pytest.MonkeyPatch.context() as patch:  # as in ../model/conftest.py
+    patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+    jax.devices()
+jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}-unoptimized")
 
 SMALL = Path(__file__).parents[1] / "model" / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"

@@ -15,10 +15,12 @@ from flax import traverse_util
 from openmoe.model import sharding
 
 jax.config.update("jax_num_cpu_devices", 8)
-# These tests compile much and compute little: LLVM's optimizations, which come after XLA's own, would double their
-# time. Only this process is told, which reads it when it makes its devices; so what it compiles is kept apart.
+# These tests compile much and compute little. LLVM's optimizations come after XLA's own; and the emitters of fusions go
+# through MLIR: compiling a training step takes 2.4 s of CPU without both, 6.6 s without the first, 8.7 s with them.
+# Only this process is told, which reads it when it makes its devices; so what it compiles is kept apart.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0")
+    patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}")
     jax.devices()
 jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CACHE_DIR']}-unoptimized")
 
