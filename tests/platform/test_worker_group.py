@@ -35,10 +35,14 @@ def run_group(ray_local, tmp_path_factory):
     return run
 
 
-def test_workers_on_cpu_form_one_process_group_that_exchanges_data(run_group, tmp_path):
-    def exchange(config):
+@pytest.fixture(scope="module")
+def failed(run_group, tmp_path_factory):
+    """(evidence of a group whose workers exchanged data before one of them raised, what each rank saw)."""
+
+    def exchange_and_fail(config):
         import jax
         import numpy as np
+        from jax.experimental import multihost_utils
         from jax.sharding import NamedSharding
         from jax.sharding import PartitionSpec as P
 
@@ -49,9 +53,24 @@ def test_workers_on_cpu_form_one_process_group_that_exchanges_data(run_group, tm
         total = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, P()))(own)
         with open(f"{config['folder']}/{jax.process_index()}", "w") as file:
             file.write(f"{jax.process_count()} {jax.local_device_count()} {float(total)}")
+        multihost_utils.sync_global_devices("all have written")
+        if jax.process_index() == 1:
+            raise KeyError("no such layer")
 
-    assert run_group(exchange, folder=str(tmp_path)) is None
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"0": "2 2 6.0", "1": "2 2 6.0"}
+    folder = tmp_path_factory.mktemp("seen")
+    evidence = run_group(exchange_and_fail, folder=str(folder))
+    return evidence, {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_workers_on_cpu_form_one_process_group_that_exchanges_data(failed):
+    assert failed[1] == {"0": "2 2 6.0", "1": "2 2 6.0"}
+
+
+def test_an_exception_in_a_worker_is_bad_code_with_its_trace(failed):
+    found = verdict.diagnose(failed[0])
+    assert found.cause == "bad_code"
+    assert "no such layer" in found.reason
+    assert "in exchange_and_fail" in found.trace
 
 
 def test_a_killed_worker_is_a_host_fault(run_group):
@@ -62,19 +81,6 @@ def test_a_killed_worker_is_a_host_fault(run_group):
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert verdict.diagnose(run_group(die)).cause == "host_fault"
-
-
-def test_an_exception_in_a_worker_is_bad_code_with_its_trace(run_group):
-    def fail(config):
-        import jax
-
-        if jax.process_index() == 1:
-            raise KeyError("no such layer")
-
-    found = verdict.diagnose(run_group(fail))
-    assert found.cause == "bad_code"
-    assert "no such layer" in found.reason
-    assert "in fail" in found.trace
 
 
 @pytest.mark.parametrize(
