@@ -129,13 +129,13 @@ class Story:
         return wait_for("workers are placed", self.hosts)[0].rpartition("-")[0]
 
     def wait_until_it_trains(self, after):
-        """Waits until an incarnation after `after` has saved twice, and then for a moment more, chosen at random."""
+        """Waits until an incarnation after `after` has saved, and then for a moment more, chosen at random."""
         wait_for(f"incarnation {after + 1}", lambda: self.incarnation() > after)
 
-        def saved_twice():
-            return len([a for a in self.run.acceptances() if a.incarnation == self.incarnation()]) >= 2
+        def has_saved():
+            return any(accepted.incarnation == self.incarnation() for accepted in self.run.acceptances())
 
-        wait_for(f"incarnation {self.incarnation()} saves", saved_twice)
+        wait_for(f"incarnation {self.incarnation()} saves", has_saved)
         self.wait_until_repaired()
         time.sleep(self.random.uniform(0, 3))
 
