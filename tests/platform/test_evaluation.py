@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openmoe.model import sharding, step, transformer
-from openmoe.model.config import OptimizerConfig
+from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.pipelines import heldout, packing, selection, shards, sources, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
 from openmoe.platform import report, run_length, saturation, spec
@@ -151,7 +151,7 @@ def test_sums_are_those_of_the_models_own_logits_kind_by_kind(moe_config):
     }  # fmt: skip
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     config = replace(moe_config, num_layers=2)
-    plan = (config, OptimizerConfig(warmup_steps=100), mesh)
+    plan = (config, AdafactorConfig(warmup_steps=100), mesh)
     params = step.init_state(*plan[:2], 0, mesh).params
     placed = jax.device_put({key: value[None] for key, value in batch.items()}, sharding.batch_sharding(mesh))
     sums = jax.device_get(step.make_eval_step(*plan, num_kinds=3)(params, placed))

@@ -38,7 +38,7 @@ def test_without_a_run_directory_the_offer_names_none(tmp_path, capsys, monkeypa
 )
 def test_another_quickstart_takes_the_next_free_directory_and_shares_the_data(tmp_path, monkeypatch, there, free):
     trained = []
-    monkeypatch.setattr(quickstart.driver, "train", lambda loaded: trained.append(loaded) or 1)
+    monkeypatch.setattr(quickstart.driver, "train", lambda loaded, **rest: trained.append(loaded) or 1)
     for name in there:
         create(tmp_path / name)
     for run_dir in (f"{tmp_path}/run", f"{tmp_path}/run/"):

@@ -31,7 +31,7 @@ cluster:
 
 TOP = (
     "name, run_dir, data_dir, sample_corpus, init_from, seed, model, data, train, optimizer, mesh, execution, cluster, "
-    "budgets, trackers"
+    "budgets, trackers, health, eval"
 )
 
 SHIPPED = "openmoe_8b, openmoe_8b_chat, quickstart, twin"
