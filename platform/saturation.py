@@ -8,15 +8,8 @@ from typing import Any
 
 from openmoe.platform.spec_sections import StopWhenConfig
 
-KINDS = (
-    "R3",
-    "R8",
-    "X3",
-    "X8",
-    "X64",
-    "S",
-    "next_token",
-)  # as packing.KINDS, which imports NumPy; a test compares them
+# As packing.KINDS, which imports NumPy; a test compares them.
+KINDS = ("R3", "R8", "X3", "X8", "X64", "S", "next_token", "chat")
 
 
 def metrics(streams: Iterable[str]) -> list[str]:
