@@ -30,9 +30,9 @@ test-tpu: .venv-tpu/.ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target .venv-tpu --require-hashes -r requirements-tpu.lock
 	@touch $@
 
-# What transformers makes of our exports (2 minutes). PyTorch comes by pip, which may know of a build for CPUs alone.
+# What transformers makes of our exports and W&B of our curves (2 minutes). PyTorch comes by pip: maybe a build for CPUs.
 test-interop: .venv-interop/.ready
-	.venv-interop/bin/python -m pytest tests/interop $(ARGS)
+	.venv-interop/bin/python -m pytest tests/interop tests/platform/test_wandb_curves.py $(ARGS)
 
 .venv-interop/.ready: requirements-interop.lock $(READY)
 	rm -rf .venv-interop && $(BIN)/python -m venv --without-pip .venv-interop
@@ -92,7 +92,7 @@ lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-annotate --no-header --extra tpu \
 		--python-version 3.11 -c requirements.lock pyproject.toml | awk '/^[^ ]/ { keep = /^libtpu==/ } keep' \
 		>requirements-tpu.lock
-	printf '%s\n' transformers filelock jinja2 networkx setuptools sympy typing-extensions | $(BIN)/uv pip compile --quiet \
+	printf '%s\n' transformers filelock jinja2 networkx setuptools sympy typing-extensions wandb | $(BIN)/uv pip compile --quiet \
 		--universal --generate-hashes --no-annotate --no-header --python-version 3.11 -c requirements.lock \
 		-o requirements-interop.lock -
 
