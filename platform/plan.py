@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from openmoe.platform import plan_choice, plan_hardware, plan_time, validate_memory
+from openmoe.platform import cadence, plan_choice, plan_hardware, plan_time, validate_memory
 from openmoe.platform.facts import Fact, Section, count, num_bytes, short
-from openmoe.platform.plan_assumptions import Assumptions
+from openmoe.platform.plan_assumptions import Assumptions, Preemptions
 from openmoe.platform.plan_choice import Way
 from openmoe.platform.plan_hardware import Machines
 from openmoe.platform.plan_time import Outlook, Quantiles
@@ -104,7 +104,11 @@ def plan(spec: RunSpec, machines: Machines, assumptions: Assumptions, *, spot: b
 def _cadence_s(spec: RunSpec, step_s: float, assumptions: Assumptions) -> float:
     """Work between two checkpoints: as many steps as the run file says, or what loses least if it leaves that open."""
     every = spec.train.checkpoint_every_steps
-    return every * step_s if isinstance(every, int) else plan_time.best_cadence_s(assumptions.preemptions)
+    return every * step_s if isinstance(every, int) else _best_cadence_s(assumptions.preemptions)
+
+
+def _best_cadence_s(taken: Preemptions) -> float:
+    return cadence.daly_interval_s(taken.save_s, 3600 * taken.hours_between)
 
 
 def _no_mesh(spec: RunSpec, machines: Machines) -> str:
@@ -216,7 +220,7 @@ def _length(found: Plan, assumptions: Assumptions, *, spot: bool) -> tuple[Fact,
     train, taken = found.way.spec.train, assumptions.preemptions
     if train.steps is None:
         return (Fact("steps", None, "not known", "a run of epochs has them once its data is built"),)
-    cadence_s, best = _cadence_s(found.way.spec, found.step_s, assumptions), plan_time.best_cadence_s(taken)
+    cadence_s, best = _cadence_s(found.way.spec, found.step_s, assumptions), _best_cadence_s(taken)
     advice = f"; {max(round(best / found.step_s), 1):,} steps would lose least" if spot else ""
     facts = [
         count("steps", train.steps),

@@ -70,11 +70,6 @@ def outlook(*, work_s: float, cadence_s: float, preemptions: Preemptions, spot: 
     return _outlook(work_s, [_draw(chance, work_s, cadence_s, preemptions) for _ in range(draws)])
 
 
-def best_cadence_s(preemptions: Preemptions) -> float:
-    """Returns the work between checkpoints that wastes least, to first order (Young 1974, CACM 17, 530)."""
-    return math.sqrt(2 * preemptions.save_s * 3600 * preemptions.hours_between)
-
-
 def _draw(chance: random.Random, work_s: float, cadence_s: float, preemptions: Preemptions) -> _Draw:
     done_s = wall_s = held_s = 0.0
     lives, mean_s = 0, 3600 * preemptions.hours_between

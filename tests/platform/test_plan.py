@@ -169,11 +169,6 @@ def test_an_outlook_is_the_same_each_time_and_never_better_than_the_work(work_h,
     assert found.held_s.low <= found.wall_s.low
 
 
-def test_the_best_cadence_is_youngs():
-    taken = Preemptions(hours_between=3.0, restart_s=0.0, wait_s=0.0, save_s=6.0)
-    assert plan_time.best_cadence_s(taken) == 360.0
-
-
 def test_prices_are_dated_and_everybodys_own(tmp_path):
     assert re.fullmatch(r"20\d\d-\d\d", ASSUMED.as_of)
     assert ASSUMED.prices.keys() == plan_hardware.CHIPS.keys()
