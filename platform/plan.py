@@ -221,14 +221,16 @@ def _length(found: Plan, assumptions: Assumptions, *, spot: bool) -> tuple[Fact,
     if train.steps is None:
         return (Fact("steps", None, "not known", "a run of epochs has them once its data is built"),)
     cadence_s, best = _cadence_s(found.way.spec, found.step_s, assumptions), _best_cadence_s(taken)
-    advice = f"; {max(round(best / found.step_s), 1):,} steps would lose least" if spot else ""
+    fewest = max(round(best / found.step_s), 1)
+    advice = f"; {fewest:,} steps would lose least" if spot else ""
+    fixed = isinstance(train.checkpoint_every_steps, int)
     facts = [
         count("steps", train.steps),
         Fact(
             "checkpoint_every_s",
             cadence_s,
             f"{cadence_s / 60:.1f} min",
-            f"{train.checkpoint_every_steps} steps{advice}",
+            f"{train.checkpoint_every_steps} steps{advice}" if fixed else f"auto: {fewest:,} steps, what loses least",
         ),
     ]
     if found.outlook is None:
