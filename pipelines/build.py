@@ -248,8 +248,8 @@ def _run(
     with_nodes: collections.Counter[str] = collections.Counter()
     while left and not place.is_left():
         together = [task for task in left if losses[task] < limits.MAX_LOSSES - 1]
-        answered = False
-        for answer in _in_ray(work, together or left[:1], stuck_s, place):
+        tried, answered = together or left[:1], False
+        for answer in _in_ray(work, tried, stuck_s, place):
             answered, task = True, answer["task"]
             nodes = answer.get("nodes", "")
             with_nodes[task] += bool(nodes)
@@ -263,10 +263,10 @@ def _run(
                 place.say(f"a worker died, {losses[task]} of {limits.MAX_LOSSES} times over {_named(task)}")
             if place.is_left():
                 return
-        untouched = [task for task in left if not losses[task] and not (answered and with_nodes[task])]
-        if untouched and not place.is_left():
-            left.remove(untouched[0])
-            yield _receipt(work({"task": untouched[0]}))
+        untouched = (t for t in tried if t in left and not losses[t] and not (answered and with_nodes[t]))
+        if not place.is_left() and (task := next(untouched, None)):
+            left.remove(task)
+            yield _receipt(work({"task": task}))
 
 
 def _named(task: str) -> str:

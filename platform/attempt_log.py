@@ -5,6 +5,7 @@ attempts/<attempt>-00000-<sequence>.jsonl      segments (journal.py); attempts a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -47,8 +48,12 @@ class AttemptLog:
         self.name, self._outcome = name, "failed"
 
     def mark(self, phase: str, incarnation: int = 0) -> None:
-        """Says that from now on the attempt is in `phase`, a cause of `goodput.CAUSES`."""
-        self._keep({"phase": phase, "incarnation": incarnation})
+        """Says that from now on the attempt is in `phase`, a cause of `goodput.CAUSES`.
+
+        What cannot be written now is written with the next mark: it must not hide what an incarnation ended of.
+        """
+        with contextlib.suppress(storage.StorageError):
+            self._keep({"phase": phase, "incarnation": incarnation})
 
     def outcome(self, outcome: str) -> None:
         """Says how it will have ended; else it has failed, or stopped on request."""
