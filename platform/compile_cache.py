@@ -44,14 +44,18 @@ REQUESTED, LOADED = "/jax/compilation_cache/compile_requests_use_cache", "/jax/c
 
 @contextlib.contextmanager
 def used(spec: RunSpec, recorder: Recorder) -> Generator[Programs]:
-    """Uses the run's compile cache in this process, unless JAX_COMPILATION_CACHE_DIR names one already.
+    """Uses the run's compile cache in this process, unless JAX_COMPILATION_CACHE_DIR names one already, as tests do.
 
     What cannot be fetched or kept is compiled again: the cache saves time, and a run does not end for it.
     """
     programs = Programs(recorder)
     jax.monitoring.register_event_listener(programs.count)
     try:
-        if spec.cluster.compile_cache == OFF or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            with _all_ranks_write():
+                yield programs
+            return
+        if spec.cluster.compile_cache == OFF:
             yield programs
             return
         folder = storage.join(spec.cluster.compile_cache or storage.join(spec.run_dir, "compile_cache"), key(spec))

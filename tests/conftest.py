@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -35,8 +34,6 @@ def _own_temporary_folder():
 
 if "OPENMOE_TESTS_TMP" not in os.environ:  # the processes of xdist inherit it
     _own_temporary_folder()
-    paths = (str(Path(__file__).parent / "every_process"), os.environ.get("PYTHONPATH"))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 os.environ.update(local_ray.environment())
 # JAX in this process and, but for the devices, in those it starts: what one test compiled, the next one loads.

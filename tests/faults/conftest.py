@@ -198,7 +198,7 @@ class LostWorker:
 
 @pytest.fixture(scope="session")
 def lost_worker(run_file, tmp_path_factory):
-    own_cache = {"JAX_COMPILATION_CACHE_DIR": "", "PYTHONPATH": ""}  # the run's: what other tests compiled is not there
+    own_cache = {"JAX_COMPILATION_CACHE_DIR": ""}  # the run's: what other tests compiled is not there
     run_dir = f"{tmp_path_factory.mktemp('lost')}/watched"
     lost = LostWorker(Trainer(run_file, run_dir, ("train.sample_tokens=8",), own_cache))
     yield lost
