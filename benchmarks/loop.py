@@ -40,9 +40,11 @@ from openmoe.model import sharding, step
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, sources, stdlib_corpus, token_cache, tokenizer
 from openmoe.pipelines.loader import Loader
-from openmoe.platform import journal, spec, train_loop
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.spec import RunSpec
+from openmoe.platform.run import journal
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec import RunSpec
+from openmoe.platform.train import train_loop
 
 PREEMPTED_EVERY_S = 3 * 3600.0
 GOALS = {"data wait": 0.01, "loop overhead": 0.03, "checkpoint stall": 0.01}

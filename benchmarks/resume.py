@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.run_dir import RunDir
 
 GOALS_S = {"worker killed": 20.0, "new attempt": 60.0}
 

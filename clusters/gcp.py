@@ -13,7 +13,7 @@ from openmoe.clusters.versions import Versions
 
 REQUIREMENTS = "requirements.lock"
 TOKEN = "~/.ray/auth_token"
-HOST_AGENT = "platform/host_agent.py"  # beside requirements.lock; it needs Ray alone
+HOST_AGENT = "platform/run/host_agent.py"  # beside requirements.lock; it needs Ray alone
 # Receipts and metrics pass through it, never token data; Ray would take 30% of a host's memory.
 OBJECT_STORE_BYTES = 2_000_000_000
 _AGENT = "~/host_agent.py"

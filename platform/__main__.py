@@ -1,5 +1,5 @@
 """`python -m openmoe.platform` is `openmoe`."""
 
-from openmoe.platform.cli import main
+from openmoe.platform.commands.cli import main
 
 main()

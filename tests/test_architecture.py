@@ -37,31 +37,41 @@ CONFIG_MODULES = (
     "openmoe.model.optimizer_config",
     "openmoe.model.parameter_names",
     "openmoe.pipelines.config",
-    "openmoe.platform.cli",
-    "openmoe.platform.spec",
-    "openmoe.platform.job_store",
-    "openmoe.platform.cron",
+    "openmoe.platform.commands.cli",
+    "openmoe.platform.run_file.spec",
+    "openmoe.platform.jobs.job_store",
+    "openmoe.platform.jobs.cron",
     "openmoe.clusters.spec",
     "openmoe.clusters.twin",
 )
 # Inside platform, imports go leftwards: pure <- files <- everything else, which reaches the outside world.
 PURE = (
-    "spec", "spec_sections", "spec_checks", "spec_source", "spec_yaml", "spec_errors", "spec_paths", "run_length",
-    "cluster_fit", "lineage", "verdict", "job", "job_events", "placement", "cron", "attempt_end", "story", "ablation",
-    "goodput", "ledger", "facts", "validate_memory", "plan", "plan_assumptions", "plan_choice", "plan_hardware",
-    "plan_page", "plan_program", "plan_time", "plan_work", "cadence", "saturation", "health", "stragglers",
-    "spec_optimizer",
+    "run_file.run_length", "run_file.spec", "run_file.spec_checks", "run_file.spec_errors", "run_file.spec_optimizer",
+    "run_file.spec_paths", "run_file.spec_sections", "run_file.spec_source", "run_file.spec_yaml",
+    "run_file.validate_memory",
+    "planner.plan", "planner.plan_assumptions", "planner.plan_choice", "planner.plan_hardware", "planner.plan_page",
+    "planner.plan_program", "planner.plan_time", "planner.plan_work",
+    "jobs.attempt_end", "jobs.cluster_fit", "jobs.cron", "jobs.job", "jobs.job_events", "jobs.placement", "jobs.story",
+    "commands.facts",
+    "ablations.ablation",
+    "train.cadence", "train.health", "train.saturation",
+    "run.goodput", "run.ledger", "run.lineage", "run.stragglers", "run.verdict",
 )  # fmt: skip
 FILES = (
-    "journal", "run_dir", "recorder", "event_files", "saver", "restore", "checkpoints", "sampling", "prefetch",
-    "init_from",
-    "train_loop", "report", "replay",
-    "data_summary", "data_plan", "data_figures", "data_report", "validate", "validate_data",
-    "tables", "home", "cluster_file", "instances", "wheel", "job_store", "story_records",
-    "controller_lock", "watchdog", "ablation_report", "dashboard.follow", "dashboard.curves", "dashboard.incidents",
-    "dashboard.views", "dashboard.accounts", "dashboard.watch", "dashboard.summary", "ledger_data",
-    "milestones", "attempt_log", "goodput_records", "compile_cache", "train_step", "profiling",
-    "wandb_curves", "pace", "notice", "evaluation", "health_watch", "memory_kills",
+    "home",
+    "run_file.validate", "run_file.validate_data",
+    "jobs.cluster_file", "jobs.controller_lock", "jobs.job_store", "jobs.story_records", "jobs.wheel",
+    "commands.tables",
+    "data.data_figures", "data.data_plan", "data.data_report", "data.data_summary",
+    "ablations.ablation_report",
+    "train.checkpoints", "train.compile_cache", "train.evaluation", "train.event_files", "train.health_watch",
+    "train.init_from", "train.memory_kills", "train.milestones", "train.notice", "train.pace", "train.prefetch",
+    "train.profiling", "train.recorder", "train.replay", "train.restore", "train.sampling", "train.saver",
+    "train.train_loop", "train.train_step", "train.wandb_curves", "train.watchdog",
+    "run.attempt_log", "run.goodput_records", "run.instances", "run.journal", "run.ledger_data", "run.report",
+    "run.run_dir",
+    "dashboard.accounts", "dashboard.curves", "dashboard.follow", "dashboard.incidents", "dashboard.summary",
+    "dashboard.views", "dashboard.watch",
 )  # fmt: skip
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece")
 
@@ -109,9 +119,9 @@ def test_imports_inside_platform_go_leftwards(layer, below):
 
 
 def test_ray_train_ray_data_and_ray_jobs_are_each_called_in_one_file():
-    assert files_importing("ray.train") == {"platform/worker_group.py"}
+    assert files_importing("ray.train") == {"platform/run/worker_group.py"}
     assert files_importing("ray.data") == {"pipelines/build.py"}
-    assert files_importing("ray.job_submission", "ray.dashboard") == {"platform/ray_jobs.py"}
+    assert files_importing("ray.job_submission", "ray.dashboard") == {"platform/jobs/ray_jobs.py"}
 
 
 def test_pytorch_is_for_exports_alone():

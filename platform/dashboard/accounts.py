@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from openmoe.platform import goodput, journal
 from openmoe.platform.dashboard.follow import RunFollower
-from openmoe.platform.goodput import Records, Steps
+from openmoe.platform.run import goodput, journal
+from openmoe.platform.run.goodput import Records, Steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import storage
-from openmoe.platform.attempt_log import DriversReader
-from openmoe.platform.goodput import Driver
-from openmoe.platform.journal import JournalReader
-from openmoe.platform.lineage import Claim
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.attempt_log import DriversReader
+from openmoe.platform.run.goodput import Driver
+from openmoe.platform.run.journal import JournalReader
+from openmoe.platform.run.lineage import Claim
+from openmoe.platform.run.run_dir import RunDir
 
 COLUMNS = ("step", "time_s", "step_s", "data_wait_s", "loss", "text_loss", "drop_fraction", "grad_norm")
 MAX_LOAD_COLUMNS = 400

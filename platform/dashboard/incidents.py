@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from openmoe.platform.dashboard.follow import RunFollower
-from openmoe.platform.lineage import Claim
+from openmoe.platform.run.lineage import Claim
 
 DAY_S = 86_400.0
 MAX_TRACE = 6000

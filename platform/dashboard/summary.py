@@ -10,8 +10,8 @@ from pathlib import Path
 from openmoe.pipelines import storage
 from openmoe.platform.dashboard import views
 from openmoe.platform.dashboard.follow import RunFollower
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.spec import RunSpec
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file.spec import RunSpec
 
 STATIC = Path(__file__).parent / "static"
 MODULES = ("format.js", "charts.js", "heatmap.js", "run_page.js", "run.js")  # each after those it imports

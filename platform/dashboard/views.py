@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from openmoe.platform import spec_yaml, story
 from openmoe.platform.dashboard import accounts, curves, incidents
 from openmoe.platform.dashboard.accounts import Account
 from openmoe.platform.dashboard.follow import RunFollower
 from openmoe.platform.dashboard.incidents import Incarnation, Period, Stage
-from openmoe.platform.story import Sentence
+from openmoe.platform.jobs import story
+from openmoe.platform.jobs.story import Sentence
+from openmoe.platform.run_file import spec_yaml
 
 if TYPE_CHECKING:
     from openmoe.clusters.twin import ClusterStatus
-    from openmoe.platform.cron import Schedule
-    from openmoe.platform.job import Job
+    from openmoe.platform.jobs.cron import Schedule
+    from openmoe.platform.jobs.job import Job
 
 RunState = Literal["preparing", "starting", "training", "restarting", "silent", "stopped", "failed", "finished"]
 # "silent": nothing says that it ended, and it shows no sign of life.

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openmoe.pipelines import storage
-from openmoe.platform import story
 from openmoe.platform.dashboard import views
 from openmoe.platform.dashboard.follow import RunFollower
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.jobs import story
+from openmoe.platform.run.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from openmoe.platform.cron import Schedule
-    from openmoe.platform.job import Job
-    from openmoe.platform.job_store import JobStore
-    from openmoe.platform.story import Sentence
+    from openmoe.platform.jobs.cron import Schedule
+    from openmoe.platform.jobs.job import Job
+    from openmoe.platform.jobs.job_store import JobStore
+    from openmoe.platform.jobs.story import Sentence
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ class Watch:
     def _open_store(self) -> JobStore | None:
         path = self._home / "controller.db"
         if self._store is None and path.exists():
-            from openmoe.platform.job_store import JobStore
+            from openmoe.platform.jobs.job_store import JobStore
 
             self._store = JobStore(path)
         return self._store
@@ -182,7 +182,7 @@ class Watch:
 
 
 def _schedule(schedule: Schedule, now_s: float) -> views.ScheduleView:
-    from openmoe.platform import cron
+    from openmoe.platform.jobs import cron
 
     return views.schedule_view(schedule, cron.next_fire(schedule, now_s))
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from openmoe.platform import cli_cluster
+from openmoe.platform.commands import cli_cluster
 
 
 @pytest.fixture(autouse=True)

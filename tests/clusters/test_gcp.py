@@ -25,7 +25,7 @@ from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, vali
 from openmoe.clusters import gcp
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.versions import Versions
-from openmoe.platform import cluster_file
+from openmoe.platform.jobs import cluster_file
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = Versions(python="3.11", ray="2.60.0", jax="0.10.2")
@@ -211,7 +211,7 @@ def test_the_launcher_reads_the_files_to_ship(tmp_path, monkeypatch):
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("secret")
     (tmp_path / "requirements.lock").write_text("ray==2.60.0")
-    (tmp_path / "platform").mkdir()
+    (tmp_path / "platform" / "run").mkdir(parents=True)
     (tmp_path / gcp.HOST_AGENT).write_text("print('watches')")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from openmoe.clusters import kuberay
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.versions import Versions
-from openmoe.platform import cluster_file
+from openmoe.platform.jobs import cluster_file
 
 VERSIONS = Versions(python="3.11", ray="2.60.0", jax="0.10.2")
 SPEC = ClusterSpec(

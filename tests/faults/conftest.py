@@ -18,7 +18,7 @@ from openmoe.clusters import processes, twin_state
 from openmoe.clusters import twin as twin_module
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.pipelines import stdlib_corpus
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.run_dir import RunDir
 
 # openmoe-nano, narrower and with shorter rows: compiles in seconds, and 60 steps leave time to kill something.
 SMALL = (

@@ -14,15 +14,16 @@ import pytest
 
 from openmoe.clusters import twin
 from openmoe.clusters.spec import ClusterSpec
-from openmoe.platform.job_store import JobStore
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.jobs.job_store import JobStore
+from openmoe.platform.run.run_dir import RunDir
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 # A controller that kills itself, once, where the first argument says.
 KILLED_AT = """
 import os, signal, sys
-from openmoe.platform import attempt_end, controller, home, ray_jobs
+from openmoe.platform import home
+from openmoe.platform.jobs import attempt_end, controller, ray_jobs
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.pipelines import storage
-from openmoe.platform import cli
+from openmoe.platform.commands import cli
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.run_dir import RunDir
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 

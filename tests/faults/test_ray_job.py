@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from openmoe.platform import wheel
+from openmoe.platform.jobs import wheel
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 

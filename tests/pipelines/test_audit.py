@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from openmoe.pipelines import audit, passes, selection, sources, storage, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.config import DataConfig, SourceConfig
-from openmoe.platform import cli
+from openmoe.platform.commands import cli
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from openmoe.model import counts
 from openmoe.model.config import DEPARTURES, PRESETS
 from openmoe.pipelines import stdlib_corpus
-from openmoe.platform import ablation, ablation_data, ablation_report, ablation_run, cli, progress
-from openmoe.platform.ablation import SCALES, VARIANTS, Outcome, Plan, Summary
-from openmoe.platform.ablation_report import Section
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.ablations import ablation, ablation_data, ablation_report, ablation_run
+from openmoe.platform.ablations.ablation import SCALES, VARIANTS, Outcome, Plan, Summary
+from openmoe.platform.ablations.ablation_report import Section
+from openmoe.platform.commands import cli, progress
+from openmoe.platform.run_file.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from openmoe.platform.attempt_end import End, Judgement, driver_lines, judge
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.jobs.attempt_end import End, Judgement, driver_lines, judge
+from openmoe.platform.run.verdict import Verdict
 
 LOGS = """Job entrypoint command failed with exit code {}, last available logs (truncated to 20,000 chars):
 2026-11-24 03:14:24,099\tINFO job_manager.py:581 -- Runtime env is setting up.

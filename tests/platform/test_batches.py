@@ -29,7 +29,8 @@ def check(process, port, manifest, expected):
 
     from openmoe.model import sharding
     from openmoe.pipelines.loader import Loader
-    from openmoe.platform import spec, train_loop
+    from openmoe.platform.run_file import spec
+    from openmoe.platform.train import train_loop
 
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     of_run = spec.load("quickstart", ["data.seq_len=128", f"train.batch_rows={ROWS}", "train.microbatches=2", *FITTING])
@@ -97,8 +98,9 @@ def begun(small_data, tmp_path):
 def test_steps_that_are_ahead_of_the_build_render_their_rows_and_say_so(begun, small_data):
     from openmoe.model import sharding
     from openmoe.pipelines.loader import Loader
-    from openmoe.platform import spec, train_loop
-    from openmoe.platform.lineage import Position
+    from openmoe.platform.run.lineage import Position
+    from openmoe.platform.run_file import spec
+    from openmoe.platform.train import train_loop
 
     class Events:
         def __init__(self):

@@ -13,9 +13,11 @@ from openmoe.pipelines import build, stdlib_corpus
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
-from openmoe.platform import build_ahead, report, run_dir, run_length, spec
-from openmoe.platform.build_ahead import BuildAhead
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.data import build_ahead
+from openmoe.platform.data.build_ahead import BuildAhead
+from openmoe.platform.run import report, run_dir
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import run_length, spec
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -173,7 +175,7 @@ def test_the_end_of_an_attempt_ends_the_building_too(first):
 
 
 def test_a_run_of_epochs_reads_every_row_of_its_passes_once(first, monkeypatch):
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     monkeypatch.setattr(build_ahead, "POLL_S", 0.05)
     loaded, manifest, resolved = first(2.2)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from openmoe.platform import cadence, spec
-from openmoe.platform.cadence import NOTHING_SEEN, Seen
-from openmoe.platform.pace import Pace
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import cadence
+from openmoe.platform.train.cadence import NOTHING_SEEN, Seen
+from openmoe.platform.train.pace import Pace
 
 HOUR_S = 3600.0
 

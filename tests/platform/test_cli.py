@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.platform import spec
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import spec
 
 ROOT = Path(__file__).parents[2]
 BAD_RUNS = Path(__file__).parent / "bad_runs"
@@ -33,7 +33,7 @@ def test_help_names_the_commands_and_the_exit_codes():
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import atexit, sys; from openmoe.platform import cli; sys.argv = ['openmoe', '--help'];"
+        "import atexit, sys; from openmoe.platform.commands import cli; sys.argv = ['openmoe', '--help'];"
         f"atexit.register(lambda: print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr));"
         "cli.main()"
     )

@@ -15,7 +15,7 @@ from openmoe.model import t5x_checkpoint as t5x
 from openmoe.model.config import PRESETS
 from openmoe.model.optimizer import OptimizerState
 from openmoe.model.optimizer_config import AdafactorConfig
-from openmoe.platform import cli
+from openmoe.platform.commands import cli
 
 NANO = PRESETS["openmoe-nano"]
 

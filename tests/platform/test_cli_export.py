@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.pipelines.config import DataError
-from openmoe.platform import cli
+from openmoe.platform.commands import cli
 
 
 def export(*arguments):

@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 
 from openmoe.model import sharding, step
 from openmoe.pipelines import tokenizer
-from openmoe.platform import cli_generate, spec
-from openmoe.platform.cli_generate import Answer
-from openmoe.platform.lineage import Position
-from openmoe.platform.recorder import Recorder
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.saver import Saver
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.commands import cli_generate
+from openmoe.platform.commands.cli_generate import Answer
+from openmoe.platform.run.lineage import Position
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
+from openmoe.platform.train.recorder import Recorder
+from openmoe.platform.train.saver import Saver
 
 SETTINGS = (
     *("model.num_layers=2", "model.d_model=32", "model.d_ff=64", "model.head_dim=8", "model.group_size=128"),

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from openmoe.platform import cli, controller_lock
-from openmoe.platform.job_events import CancelAsked, Submitted
-from openmoe.platform.job_store import JobStore
+from openmoe.platform.commands import cli
+from openmoe.platform.jobs import controller_lock
+from openmoe.platform.jobs.job_events import CancelAsked, Submitted
+from openmoe.platform.jobs.job_store import JobStore
 
 NOWHERE = "http://127.0.0.1:1"
 

@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 import pytest
 from typer.testing import CliRunner
 
-from openmoe.platform import cli_schedule, cron, spec
-from openmoe.platform.cron import ScheduleError
-from openmoe.platform.job_events import CancelAsked, JobError
-from openmoe.platform.job_store import JobStore
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.commands import cli_schedule
+from openmoe.platform.jobs import cron
+from openmoe.platform.jobs.cron import ScheduleError
+from openmoe.platform.jobs.job_events import CancelAsked, JobError
+from openmoe.platform.jobs.job_store import JobStore
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 NIGHTLY = ("--cron", "0 20 * * *", "--timezone", "Europe/Berlin")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from openmoe.platform import cluster_file
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.jobs import cluster_file
+from openmoe.platform.run_file.spec_errors import SpecError
 
 GCP = """\
 name: tpu-1

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from openmoe.clusters import versions
-from openmoe.platform import cli, cluster_file, spec, spec_source
+from openmoe.platform.commands import cli
+from openmoe.platform.jobs import cluster_file
+from openmoe.platform.run_file import spec, spec_source
 
 SHIPPED = ("gcp-tpu-v4-128-spot", "kuberay-tpu-v6e", "local")
 KUBERAY = """\

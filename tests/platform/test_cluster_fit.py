@@ -3,8 +3,9 @@
 import pytest
 
 from openmoe.clusters.spec import ClusterSpec
-from openmoe.platform import cluster_fit, spec
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.jobs import cluster_fit
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 TWIN = ClusterSpec(name="there", provider="twin", accelerator="v4", topology="2x2x2", slices=2)
 PLAIN = ClusterSpec(name="there", provider="local")

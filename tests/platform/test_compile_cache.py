@@ -5,10 +5,12 @@ import hashlib
 import pytest
 
 from openmoe.pipelines import storage
-from openmoe.platform import compile_cache, journal, spec
-from openmoe.platform.recorder import Recorder
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.train_step import TrainStep
+from openmoe.platform.run import journal
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import compile_cache
+from openmoe.platform.train.recorder import Recorder
+from openmoe.platform.train.train_step import TrainStep
 
 
 @pytest.fixture

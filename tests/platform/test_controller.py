@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 
 import pytest
 
-from openmoe.platform import wheel
-from openmoe.platform.controller import Controller
-from openmoe.platform.cron import Schedule, ScheduleAdded
-from openmoe.platform.job_events import CancelAsked, RetryAsked, Submitted
-from openmoe.platform.job_store import JobStore
-from openmoe.platform.journal import Journal
-from openmoe.platform.ray_jobs import ClusterUnreachable, RayJob, RayJobs, Refused
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.jobs import wheel
+from openmoe.platform.jobs.controller import Controller
+from openmoe.platform.jobs.cron import Schedule, ScheduleAdded
+from openmoe.platform.jobs.job_events import CancelAsked, RetryAsked, Submitted
+from openmoe.platform.jobs.job_store import JobStore
+from openmoe.platform.jobs.ray_jobs import ClusterUnreachable, RayJob, RayJobs, Refused
+from openmoe.platform.run.journal import Journal
+from openmoe.platform.run.run_dir import RunDir
 
 HEAD, OTHER = "http://head:8265", "http://other:8265"
 EVENING_S = datetime(2026, 11, 24, 19, 0, tzinfo=UTC).timestamp()  # 20:00 in Berlin

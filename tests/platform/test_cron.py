@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.platform import cron
-from openmoe.platform.cron import (
+from openmoe.platform.jobs import cron
+from openmoe.platform.jobs.cron import (
     Fire,
     Schedule,
     ScheduleAdded,
@@ -20,8 +20,8 @@ from openmoe.platform.cron import (
     ScheduleResumed,
     Skip,
 )
-from openmoe.platform.job import Job
-from openmoe.platform.job_events import CancelAsked, Submitted
+from openmoe.platform.jobs.job import Job
+from openmoe.platform.jobs.job_events import CancelAsked, Submitted
 
 
 def schedule(expression="0 20 * * *", timezone="Europe/Berlin", **fields):

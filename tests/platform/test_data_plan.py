@@ -15,7 +15,9 @@ from openmoe.pipelines import build
 from openmoe.pipelines.config import DataError, SourceConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.sources import Unit
-from openmoe.platform import build_ahead, cli, data_plan, spec
+from openmoe.platform.commands import cli
+from openmoe.platform.data import build_ahead, data_plan
+from openmoe.platform.run_file import spec
 
 SMALL = (
     *("sample_corpus=null", "model.group_size=128", "train.steps=40", "train.batch_rows=4", "seed=3"),

@@ -15,7 +15,8 @@ from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import tokenizer
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.mixture import Stage
-from openmoe.platform import cli, data_figures, data_report
+from openmoe.platform.commands import cli
+from openmoe.platform.data import data_figures, data_report
 
 # What of a picture's texts and bars lies outside of it, or is drawn smaller than can be read.
 OUTSIDE = """pictures => pictures.flatMap(picture => {

@@ -10,7 +10,7 @@ from openmoe.pipelines import passes
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig, StageConfig
 from openmoe.pipelines.manifest import Manifest, SourceManifest, StreamManifest
 from openmoe.pipelines.tokenizer import Tokenizer
-from openmoe.platform import data_summary
+from openmoe.platform.data import data_summary
 
 CONFIG = DataConfig(
     tokenizer="builtin:small_8192",

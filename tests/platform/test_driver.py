@@ -3,15 +3,16 @@
 import pytest
 
 from openmoe.pipelines.config import DataError
-from openmoe.platform import driver, hosts, spec
-from openmoe.platform.board import Board
-from openmoe.platform.driver import Attempt
-from openmoe.platform.journal import Journal, read
-from openmoe.platform.lineage import Acceptance
-from openmoe.platform.progress import ProgressReport
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.stragglers import Pace
-from openmoe.platform.verdict import Evidence, Failure
+from openmoe.platform.commands.progress import ProgressReport
+from openmoe.platform.run import driver, hosts
+from openmoe.platform.run.board import Board
+from openmoe.platform.run.driver import Attempt
+from openmoe.platform.run.journal import Journal, read
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run.stragglers import Pace
+from openmoe.platform.run.verdict import Evidence, Failure
+from openmoe.platform.run_file import spec
 
 CRASH = Evidence(failures=(Failure(rank=1, kind="raised", text="Traceback at 0x7f00\nKeyError: 'no such layer'"),))
 DEATH = Evidence(failures=(Failure(rank=1, kind="process_died", text="actor 0a1b2c3d4e5f60718293 died"),))

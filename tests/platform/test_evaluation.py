@@ -13,11 +13,13 @@ from openmoe.model import sharding, step, transformer
 from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.pipelines import heldout, packing, selection, shards, sources, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
-from openmoe.platform import report, run_length, saturation, spec
-from openmoe.platform.evaluation import losses_of
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.spec_errors import SpecError
-from openmoe.platform.spec_sections import EvalConfig, StopWhenConfig
+from openmoe.platform.run import report
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import run_length, spec
+from openmoe.platform.run_file.spec_errors import SpecError
+from openmoe.platform.run_file.spec_sections import EvalConfig, StopWhenConfig
+from openmoe.platform.train import saturation
+from openmoe.platform.train.evaluation import losses_of
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -60,7 +62,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def train(data, tmp_path):
     """Trains one incarnation in `tmp_path/name`; returns its RunDir."""
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     def run(name, *more, report=lambda record: None, beat=lambda **what: None):
         loaded = spec.load("quickstart", [*SMALL, *data[0], f"run_dir={tmp_path}/{name}", *more])

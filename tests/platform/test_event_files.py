@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from openmoe.pipelines import storage
-from openmoe.platform import event_files as written
-from openmoe.platform.event_files import EventFiles
-from openmoe.platform.journal import JournalError
+from openmoe.platform.run.journal import JournalError
+from openmoe.platform.train import event_files as written
+from openmoe.platform.train.event_files import EventFiles
 
 RECORD = {
     "step": 7,
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_drawn_as_it_is(tmp_path, curves):
 
 def test_kill_9_leaves_whole_files_with_all_that_was_flushed(tmp_path, curves):
     code = f"""
-from openmoe.platform.event_files import EventFiles
+from openmoe.platform.train.event_files import EventFiles
 files = EventFiles({str(tmp_path)!r}, incarnation=1, row_tokens=512)
 files.begin(0)
 for number in range(1, 10**6):

@@ -6,8 +6,8 @@ import pytest
 
 from openmoe.model import checkpoint
 from openmoe.pipelines import build, explain, stdlib_corpus
-from openmoe.platform import spec
-from openmoe.platform.run_dir import RunDir, RunDirError
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -21,7 +21,7 @@ CONSTANT = "optimizer={name: adafactor, learning_rate: 0.05, warmup_steps: 0, sc
 
 
 def trained(loaded, manifest):
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     run = RunDir(loaded.run_dir)
     run.create(loaded)
@@ -79,7 +79,7 @@ def test_a_converted_checkpoint_serves_too_and_another_model_is_refused_in_one_l
     import jax
 
     from openmoe.model import sharding, step
-    from openmoe.platform import init_from
+    from openmoe.platform.train import init_from
 
     loaded = spec.load("quickstart", [*talks[0], f"run_dir={tmp_path}/x"])
     mesh = sharding.make_mesh(**loaded.mesh.model_dump())

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from openmoe.pipelines import storage
-from openmoe.platform import attempt_log, cli, goodput, goodput_records, journal, spec
-from openmoe.platform.attempt_log import AttemptLog
-from openmoe.platform.goodput import Driver, Mark, Records, Span, Steps
-from openmoe.platform.lineage import Acceptance, Claim
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.commands import cli
+from openmoe.platform.run import attempt_log, goodput, goodput_records, journal
+from openmoe.platform.run.attempt_log import AttemptLog
+from openmoe.platform.run.goodput import Driver, Mark, Records, Span, Steps
+from openmoe.platform.run.lineage import Acceptance, Claim
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 spans = st.builds(Span, st.integers(-5, 40), st.integers(-5, 40), st.sampled_from("abc"))
 

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform import health, lineage, spec
-from openmoe.platform.health import Alarms, LossSpike, NonFiniteLoss, Numbers, robust_score
-from openmoe.platform.lineage import Acceptance, Incident, Rows
-from openmoe.platform.spec_errors import SpecError
-from openmoe.platform.spec_sections import HealthConfig
+from openmoe.platform.run import lineage
+from openmoe.platform.run.lineage import Acceptance, Incident, Rows
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
+from openmoe.platform.run_file.spec_sections import HealthConfig
+from openmoe.platform.train import health
+from openmoe.platform.train.health import Alarms, LossSpike, NonFiniteLoss, Numbers, robust_score
 
 losses = st.lists(st.floats(0.5, 12), min_size=8, max_size=40)
 

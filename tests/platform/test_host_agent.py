@@ -7,7 +7,7 @@ import urllib.parse
 
 import pytest
 
-from openmoe.platform import host_agent
+from openmoe.platform.run import host_agent
 
 
 class Metadata(http.server.ThreadingHTTPServer):

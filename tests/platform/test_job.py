@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openmoe.platform.job import (
+from openmoe.platform.jobs.job import (
     ACTIVE,
     DONE,
     InvalidTransition,
@@ -19,7 +19,7 @@ from openmoe.platform.job import (
     strays,
     transition,
 )
-from openmoe.platform.job_events import (
+from openmoe.platform.jobs.job_events import (
     Admitted,
     AttemptEnded,
     CancelAsked,
@@ -35,7 +35,7 @@ from openmoe.platform.job_events import (
     Submitted,
     WindowClosed,
 )
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.run.verdict import Verdict
 
 BUDGETS = {
     "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0,

@@ -8,10 +8,11 @@ import pytest
 from aiohttp import web
 from typer.testing import CliRunner
 
-from openmoe.platform import cli_jobs, job_logs
-from openmoe.platform.job_events import Admitted, AttemptEnded, JobError, Submitted
-from openmoe.platform.job_store import JobStore
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.commands import cli_jobs
+from openmoe.platform.jobs import job_logs
+from openmoe.platform.jobs.job_events import Admitted, AttemptEnded, JobError, Submitted
+from openmoe.platform.jobs.job_store import JobStore
+from openmoe.platform.run.verdict import Verdict
 
 JOB = "night-ab12"
 PREEMPTED = Verdict(cause="preemption", reason="slice-a was preempted")

@@ -16,10 +16,10 @@ from random import Random
 
 import pytest
 
-from openmoe.platform import cron, job_events
-from openmoe.platform.cron import Schedule, ScheduleAdded, ScheduleError, ScheduleFired, ScheduleRemoved
-from openmoe.platform.job import InvalidTransition
-from openmoe.platform.job_events import (
+from openmoe.platform.jobs import cron, job_events
+from openmoe.platform.jobs.cron import Schedule, ScheduleAdded, ScheduleError, ScheduleFired, ScheduleRemoved
+from openmoe.platform.jobs.job import InvalidTransition
+from openmoe.platform.jobs.job_events import (
     Admitted,
     AttemptEnded,
     CancelAsked,
@@ -30,8 +30,8 @@ from openmoe.platform.job_events import (
     Submit,
     Submitted,
 )
-from openmoe.platform.job_store import KINDS, MIGRATIONS, JobStore
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.jobs.job_store import KINDS, MIGRATIONS, JobStore
+from openmoe.platform.run.verdict import Verdict
 
 
 def submitted(name="night-ab12", **fields):
@@ -292,9 +292,9 @@ def test_threads_share_one_store(store):
 
 PRELUDE = """
 import sys, time
-from openmoe.platform.job import InvalidTransition
-from openmoe.platform.job_events import *
-from openmoe.platform.job_store import JobStore
+from openmoe.platform.jobs.job import InvalidTransition
+from openmoe.platform.jobs.job_events import *
+from openmoe.platform.jobs.job_store import JobStore
 def submitted(name):
     return Submitted(job_id=name, time_s=1.0, name="night", run_dir=f"/runs/{name}", run_file="x: 1\\n" * 500,
                      cluster="local", cluster_file="", slots=1, budgets={"preemption": 1000000})

@@ -5,8 +5,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmoe.pipelines import storage
-from openmoe.platform import journal
-from openmoe.platform.journal import Journal, JournalError, JournalReader
+from openmoe.platform.run import journal
+from openmoe.platform.run.journal import Journal, JournalError, JournalReader
 
 
 class Killed(BaseException):

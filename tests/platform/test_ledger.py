@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openmoe.platform import ledger, lineage
-from openmoe.platform.ledger import Mismatch, Skipped, Steps
-from openmoe.platform.lineage import Acceptance, Claim, Position, valid_acceptances
+from openmoe.platform.run import ledger, lineage
+from openmoe.platform.run.ledger import Mismatch, Skipped, Steps
+from openmoe.platform.run.lineage import Acceptance, Claim, Position, valid_acceptances
 
 BATCH_ROWS = 4
 

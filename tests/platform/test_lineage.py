@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.lineage import Acceptance, Claim, Retention, kept, removable, trace, valid_acceptances
+from openmoe.platform.run.lineage import Acceptance, Claim, Retention, kept, removable, trace, valid_acceptances
 
 
 def claim(incarnation, resumes):

@@ -2,8 +2,9 @@
 
 import pytest
 
-from openmoe.platform import hosts, memory_kills
-from openmoe.platform.verdict import Evidence, Failure, diagnose
+from openmoe.platform.run import hosts
+from openmoe.platform.run.verdict import Evidence, Failure, diagnose
+from openmoe.platform.train import memory_kills
 
 EVENTS = "low 0\nhigh 12\nmax 7\noom 2\noom_kill 3\noom_group_kill 0\n"
 CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"

@@ -84,6 +84,6 @@ def test_the_dashboard_and_the_alerts_ask_only_for_metrics_that_workers_report(p
     file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
     code, said = promtool("check", "rules", file)
     assert code == 0, said
-    reported = set(re.findall(r'gauge\(\s*"(\w+)"', (ROOT / "platform" / "worker.py").read_text()))
+    reported = set(re.findall(r'gauge\(\s*"(\w+)"', (ROOT / "platform" / "train" / "worker.py").read_text()))
     asked = " ".join(expressions) + (FILES / "alerts.yml").read_text()
     assert set(re.findall(r"ray_openmoe_(\w+)", asked)) == reported

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from openmoe.platform import notice
-from openmoe.platform.spec import ClusterConfig
+from openmoe.platform.run_file.spec import ClusterConfig
+from openmoe.platform.train import notice
 
 pytestmark = pytest.mark.timeout(180)
 

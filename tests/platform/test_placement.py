@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.job import ACTIVE, Job
-from openmoe.platform.placement import place
+from openmoe.platform.jobs.job import ACTIVE, Job
+from openmoe.platform.jobs.placement import place
 
 NOW_S = 1000.0
 

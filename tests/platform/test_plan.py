@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from openmoe.model.config import PRESETS
-from openmoe.platform import cli, plan, plan_assumptions, plan_choice, plan_hardware, plan_time, plan_work, spec
-from openmoe.platform.plan_assumptions import Preemptions
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.commands import cli
+from openmoe.platform.planner import plan, plan_assumptions, plan_choice, plan_hardware, plan_time, plan_work
+from openmoe.platform.planner.plan_assumptions import Preemptions
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSUMED = plan_assumptions.load()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from openmoe.platform import plan_program
+from openmoe.platform.planner import plan_program
 
 
 def test_products_and_collectives_in_a_loop_count_as_often_as_it_runs():

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from openmoe.platform.prefetch import Prefetch
+from openmoe.platform.train.prefetch import Prefetch
 
 
 def test_results_come_in_order_and_are_read_before_they_are_asked_for():
@@ -43,7 +43,7 @@ def test_what_a_read_raises_is_raised_by_the_step_that_needs_it():
 
 
 def test_the_wait_for_a_slow_read_is_measured_and_told(monkeypatch):
-    monkeypatch.setattr("openmoe.platform.prefetch.TELL_EVERY_S", 0.02)
+    monkeypatch.setattr("openmoe.platform.train.prefetch.TELL_EVERY_S", 0.02)
     told, release = [], threading.Event()
 
     def tell():

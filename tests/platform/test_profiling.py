@@ -9,12 +9,15 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from openmoe.platform import cli, compile_cache, journal, profiling, spec
-from openmoe.platform.profiling import Request, Responder
-from openmoe.platform.recorder import Recorder
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.spec_errors import SpecError
-from openmoe.platform.train_step import TrainStep
+from openmoe.platform.commands import cli
+from openmoe.platform.run import journal
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
+from openmoe.platform.train import compile_cache, profiling
+from openmoe.platform.train.profiling import Request, Responder
+from openmoe.platform.train.recorder import Recorder
+from openmoe.platform.train.train_step import TrainStep
 
 
 @pytest.fixture

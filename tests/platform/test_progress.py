@@ -2,8 +2,8 @@
 
 import io
 
-from openmoe.platform import progress
-from openmoe.platform.progress import ProgressReport
+from openmoe.platform.commands import progress
+from openmoe.platform.commands.progress import ProgressReport
 
 
 class Terminal(io.StringIO):

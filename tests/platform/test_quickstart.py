@@ -2,8 +2,9 @@
 
 import pytest
 
-from openmoe.platform import quickstart, spec
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run import quickstart
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import spec
 
 
 def create(path, *, steps=0):

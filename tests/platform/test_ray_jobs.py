@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from openmoe.platform.ray_jobs import ClusterUnreachable, RayJobs
+from openmoe.platform.jobs.ray_jobs import ClusterUnreachable, RayJobs
 
 
 @pytest.fixture

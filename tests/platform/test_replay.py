@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import cli, replay, spec
-from openmoe.platform.replay import Recorded
-from openmoe.platform.run_dir import RunDir, RunDirError
+from openmoe.platform.commands import cli
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import replay
+from openmoe.platform.train.replay import Recorded
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -24,7 +26,7 @@ SETTINGS = (
 @pytest.fixture(scope="module")
 def made(small_data, tmp_path_factory):
     """A run of 5 steps with checkpoints at 2, 4 and 5, in this process; its data lies elsewhere (change nothing)."""
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     loaded = spec.load("quickstart", [*SETTINGS, f"run_dir={tmp_path_factory.mktemp('made')}/run"])
     run = RunDir(loaded.run_dir)

@@ -13,12 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.model import checkpoint, sharding, step
-from openmoe.platform import cli, restore, spec
-from openmoe.platform.lineage import Claim, Position
-from openmoe.platform.recorder import Recorder
-from openmoe.platform.restore import DamagedCheckpoint
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.saver import NonFiniteState, Saver
+from openmoe.platform.commands import cli
+from openmoe.platform.run.lineage import Claim, Position
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import restore
+from openmoe.platform.train.recorder import Recorder
+from openmoe.platform.train.restore import DamagedCheckpoint
+from openmoe.platform.train.saver import NonFiniteState, Saver
 
 SETTINGS = (
     *("model.num_layers=2", "model.d_model=32", "model.d_ff=32", "model.head_dim=8", "model.group_size=128"),

@@ -6,10 +6,11 @@ import multiprocessing
 import pytest
 
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import journal, spec
-from openmoe.platform.journal import Journal, JournalError
-from openmoe.platform.lineage import Acceptance
-from openmoe.platform.run_dir import RunDir, RunDirError, list_runs
+from openmoe.platform.run import journal
+from openmoe.platform.run.journal import Journal, JournalError
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir, RunDirError, list_runs
+from openmoe.platform.run_file import spec
 
 
 def acceptance(number, incarnation, step):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from openmoe.platform import run_length, spec
+from openmoe.platform.run_file import run_length, spec
 
 
 def train(*overrides):

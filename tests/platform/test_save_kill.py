@@ -14,11 +14,12 @@ STORY = """
 import json, os, signal, sys, threading
 import jax, numpy as np
 from openmoe.model import checkpoint
-from openmoe.platform import restore, spec
-from openmoe.platform.lineage import Position
-from openmoe.platform.recorder import Recorder
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.saver import Saver
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import restore
+from openmoe.platform.run.lineage import Position
+from openmoe.platform.train.recorder import Recorder
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.train.saver import Saver
 
 loaded = spec.load("quickstart", [f"run_dir={sys.argv[1]}/run", "train.keep_checkpoints=2"])
 run = RunDir(loaded.run_dir)

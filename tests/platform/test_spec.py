@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from openmoe.model.config import PRESETS, ExecutionConfig, ModelConfig
 from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, GroupConfig, MuonConfig, ScheduleConfig
 from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
-from openmoe.platform import spec, spec_sections, spec_source, spec_yaml
+from openmoe.platform.run_file import spec, spec_sections, spec_source, spec_yaml
 
 SHIPPED = ("openmoe_8b", "openmoe_8b_chat", "quickstart", "twin")
 

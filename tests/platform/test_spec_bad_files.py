@@ -2,8 +2,8 @@
 
 import pytest
 
-from openmoe.platform import spec
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 GOOD = """\
 name: tiny

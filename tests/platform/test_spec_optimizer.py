@@ -14,8 +14,8 @@ from openmoe.model import sharding, step
 from openmoe.model.config import PRESETS
 from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, GroupConfig, MuonConfig, ScheduleConfig
 from openmoe.model.parameter_names import parameter_names
-from openmoe.platform import spec, spec_optimizer, spec_source
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.run_file import spec, spec_optimizer, spec_source
+from openmoe.platform.run_file.spec_errors import SpecError
 
 STEP_TOKENS = 4 * 512  # of the quickstart
 

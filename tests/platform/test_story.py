@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from openmoe.platform import story
-from openmoe.platform.job_events import (
+from openmoe.platform.jobs import story
+from openmoe.platform.jobs.job_events import (
     Admitted,
     AttemptEnded,
     CancelAsked,
@@ -18,9 +18,9 @@ from openmoe.platform.job_events import (
     Submitted,
     WindowClosed,
 )
-from openmoe.platform.lineage import Claim
-from openmoe.platform.story import RunRecords, Sentence
-from openmoe.platform.verdict import Verdict
+from openmoe.platform.jobs.story import RunRecords, Sentence
+from openmoe.platform.run.lineage import Claim
+from openmoe.platform.run.verdict import Verdict
 
 JOB = {"job_id": "twin-x7f2"}
 SUBMITTED = Submitted(

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform import stragglers
-from openmoe.platform.health_watch import Stopwatch
-from openmoe.platform.stragglers import Pace, find
+from openmoe.platform.run import stragglers
+from openmoe.platform.run.stragglers import Pace, find
+from openmoe.platform.train.health_watch import Stopwatch
 
 
 def pace(own_s, step_s=1.0, data_wait_s=0.0):

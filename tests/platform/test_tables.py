@@ -1,6 +1,6 @@
 """Tables show what they are given, to the letter."""
 
-from openmoe.platform import tables
+from openmoe.platform.commands import tables
 
 
 def test_cells_and_title_are_text_and_never_markup(capsys):

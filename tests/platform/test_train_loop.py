@@ -15,15 +15,18 @@ from openmoe.model import checksum
 from openmoe.pipelines import build, stdlib_corpus, storage
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import cadence, cli, health, journal, ledger, ledger_data, report, spec
-from openmoe.platform.cadence import NOTHING_SEEN, Seen
-from openmoe.platform.health import NonFiniteLoss
-from openmoe.platform.ledger_data import Comparison
-from openmoe.platform.lineage import Position
-from openmoe.platform.restore import DamagedCheckpoint
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.saver import Superseded
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.commands import cli
+from openmoe.platform.run import journal, ledger, ledger_data, report
+from openmoe.platform.run.ledger_data import Comparison
+from openmoe.platform.run.lineage import Position
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
+from openmoe.platform.train import cadence, health
+from openmoe.platform.train.cadence import NOTHING_SEEN, Seen
+from openmoe.platform.train.health import NonFiniteLoss
+from openmoe.platform.train.restore import DamagedCheckpoint
+from openmoe.platform.train.saver import Superseded
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -49,7 +52,7 @@ def data(ray_local, tmp_path_factory):
 @pytest.fixture
 def train(data, tmp_path):
     """Trains one incarnation in `tmp_path/name`; returns its RunDir."""
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     overrides, manifest = data
 
@@ -218,7 +221,7 @@ def test_a_loss_that_is_not_finite_ends_the_incarnation_with_its_rows(train, tmp
 @pytest.fixture
 def poison(monkeypatch):
     """Returns the function that makes the batch from a row on one of whose losses nothing can be learned."""
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     read = train_loop.global_batch
 
@@ -336,7 +339,7 @@ def test_the_ledger_proves_what_was_trained_on_with_undone_steps_here_and_on_gs(
 
 
 def test_the_ledger_names_a_step_that_got_other_rows_than_it_says(train, monkeypatch):
-    from openmoe.platform import train_loop
+    from openmoe.platform.train import train_loop
 
     read = train_loop.global_batch
 

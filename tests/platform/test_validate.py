@@ -8,9 +8,10 @@ from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, tokenizer
 from openmoe.pipelines.config import DataError
-from openmoe.platform import plan_page, spec, validate, validate_memory
-from openmoe.platform.spec_checks import legal_meshes
-from openmoe.platform.spec_errors import SpecError
+from openmoe.platform.planner import plan_page
+from openmoe.platform.run_file import spec, validate, validate_memory
+from openmoe.platform.run_file.spec_checks import legal_meshes
+from openmoe.platform.run_file.spec_errors import SpecError
 
 
 def facts(name, *overrides):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose, same_end
+from openmoe.platform.run.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose, same_end
 
 BUDGETS = {
     "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0, "unknown": 1,

@@ -7,10 +7,12 @@ import time
 
 import pytest
 
-from openmoe.platform import journal, spec, wandb_curves
-from openmoe.platform.lineage import Acceptance
-from openmoe.platform.run_dir import RunDir, RunDirError
-from openmoe.platform.wandb_curves import Outbox, WandbCurves
+from openmoe.platform.run import journal
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file import spec
+from openmoe.platform.train import wandb_curves
+from openmoe.platform.train.wandb_curves import Outbox, WandbCurves
 
 
 def record(step):

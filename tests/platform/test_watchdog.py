@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from openmoe.platform import watchdog
-from openmoe.platform.prefetch import Prefetch
-from openmoe.platform.watchdog import Watchdog
+from openmoe.platform.train import watchdog
+from openmoe.platform.train.prefetch import Prefetch
+from openmoe.platform.train.watchdog import Watchdog
 
 
 def stand_still(ended):

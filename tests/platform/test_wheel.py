@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.platform import wheel
+from openmoe.platform.jobs import wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 UV = Path(sys.executable).parent / "uv"
@@ -54,7 +54,7 @@ def packed_by(site, folder):
     """Packs the `openmoe` that lies in `site`, in a process that sees that one."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
-        f"sys.path.insert(0, {str(site)!r}); from pathlib import Path; from openmoe.platform import wheel;"
+        f"sys.path.insert(0, {str(site)!r}); from pathlib import Path; from openmoe.platform.jobs import wheel;"
         f"assert wheel.__file__.startswith({str(site)!r}), wheel.__file__;"
         f"print(wheel.built_wheel(Path({str(folder)!r})))"
     )
@@ -64,7 +64,7 @@ def packed_by(site, folder):
 
 def test_it_has_the_files_of_the_released_wheel(released, tmp_path):
     assert names(wheel.built_wheel(tmp_path)) == names(released)
-    assert "openmoe/platform/driver.py" in names(released)
+    assert "openmoe/platform/run/driver.py" in names(released)
 
 
 def test_packed_from_an_installed_distribution_it_has_the_same_files(installed, released, tmp_path):
@@ -82,8 +82,8 @@ def test_it_installs_as_ray_does_and_fetches_nothing(tmp_path):
     [distribution] = importlib.metadata.distributions(path=[str(target)])
     assert (distribution.name, distribution.requires) == ("openmoe", None)
     assert {p.name for p in target.iterdir()} == {"openmoe", f"openmoe-{distribution.version}.dist-info"}
-    content = (target / "openmoe" / "platform" / "wheel.py").read_bytes()
-    assert content == (ROOT / "platform" / "wheel.py").read_bytes()
+    content = (target / "openmoe" / "platform" / "jobs" / "wheel.py").read_bytes()
+    assert content == (ROOT / "platform" / "jobs" / "wheel.py").read_bytes()
 
 
 def test_the_same_code_is_packed_once_and_changed_code_gets_another_name(installed, tmp_path):

@@ -12,13 +12,14 @@ import ray.exceptions
 
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.storage import StorageError
-from openmoe.platform import spec, verdict, worker_group
-from openmoe.platform.health import LossSpike, NonFiniteLoss
-from openmoe.platform.restore import DamagedCheckpoint
-from openmoe.platform.run_dir import RunDirError
-from openmoe.platform.saver import Superseded
-from openmoe.platform.spec import ClusterConfig
-from openmoe.platform.verdict import Failure
+from openmoe.platform.run import verdict, worker_group
+from openmoe.platform.run.run_dir import RunDirError
+from openmoe.platform.run.verdict import Failure
+from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec import ClusterConfig
+from openmoe.platform.train.health import LossSpike, NonFiniteLoss
+from openmoe.platform.train.restore import DamagedCheckpoint
+from openmoe.platform.train.saver import Superseded
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -195,7 +196,7 @@ def test_workers_on_several_slices_are_told_which_is_theirs():
 def test_a_worker_takes_the_gpus_that_ray_gave_it_and_learns_its_slice():
     """Whatever a batch system says of the host's. In a process of its own, since a group is joined once."""
     code = (
-        "import os, jax; from openmoe.platform import worker_group as w; "
+        "import os, jax; from openmoe.platform.run import worker_group as w; "
         "w._join(w._free_address(), 1, 0, w.JaxGroupConfig(num_gpus=2), {'MEGASCALE_SLICE_ID': '1'}); "
         "print(jax.config.values['jax_cuda_visible_devices'], os.environ['MEGASCALE_SLICE_ID'])"
     )
@@ -226,7 +227,7 @@ def test_what_the_user_has_told_malloc_stays_as_it_is(monkeypatch):
 
 
 def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stood(run_group):
-    from openmoe.platform import board as boards
+    from openmoe.platform.run import board as boards
 
     def wait_for_what_never_comes(config):
         import threading
@@ -234,7 +235,7 @@ def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stoo
         import jax
         from jax.experimental import multihost_utils
 
-        from openmoe.platform import worker
+        from openmoe.platform.train import worker
 
         rank = jax.process_index()
         with worker.watched(config["board"], rank, timeout_s=3 if rank == 1 else 60):
@@ -250,7 +251,7 @@ def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stoo
 
 
 def test_a_board_that_is_gone_answers_nothing_and_ends_no_run(ray_local):
-    from openmoe.platform import board as boards
+    from openmoe.platform.run import board as boards
 
     board = boards.start()
     board.put.remote({"step": 3})

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from openmoe.model import attention, sharding, step
 from openmoe.model.config import PRESETS, ExecutionConfig
 from openmoe.model.optimizer_config import AdafactorConfig
-from openmoe.platform import plan_compile, plan_hardware, plan_work, spec, validate_memory
+from openmoe.platform.planner import plan_compile, plan_hardware, plan_work
+from openmoe.platform.run_file import spec, validate_memory
 
 MEGACORE = {"chip_config_name": "megacore"}  # a chip's two cores as one device, as JAX has them on a v4
 V4 = {"topology_name": "v4:2x2x1", **MEGACORE}

@@ -5,11 +5,11 @@ from dataclasses import asdict
 
 import pytest
 
-from openmoe.platform import spec
-from openmoe.platform.journal import Journal
-from openmoe.platform.lineage import Acceptance
-from openmoe.platform.run_dir import RunDir
-from openmoe.platform.verdict import Decision, Verdict
+from openmoe.platform.run.journal import Journal
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run.verdict import Decision, Verdict
+from openmoe.platform.run_file import spec
 
 DRIVER = 99_999
 

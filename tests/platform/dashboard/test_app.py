@@ -180,8 +180,8 @@ def test_one_damaged_run_is_named_and_hides_no_other(ask, written, tmp_path):
 
 
 def test_the_jobs_of_the_controller_bring_their_runs_along(ask, written, tmp_path):
-    from openmoe.platform.job_events import Admitted, Submitted
-    from openmoe.platform.job_store import JobStore
+    from openmoe.platform.jobs.job_events import Admitted, Submitted
+    from openmoe.platform.jobs.job_store import JobStore
 
     run = written("elsewhere")
     moved = tmp_path / "moved"
@@ -204,7 +204,8 @@ def test_the_jobs_of_the_controller_bring_their_runs_along(ask, written, tmp_pat
 
 def test_the_server_starts_without_ray_and_jax():
     code = (
-        "import sys; from openmoe.platform import cli_dashboard; from openmoe.platform.dashboard import server, summary"
-        "; print([m for m in ('jax', 'ray', 'pyarrow', 'fsspec', 'flax', 'orbax') if m in sys.modules])"
+        "import sys; from openmoe.platform.commands import cli_dashboard;"
+        "from openmoe.platform.dashboard import server, summary;"
+        "print([m for m in ('jax', 'ray', 'pyarrow', 'fsspec', 'flax', 'orbax') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

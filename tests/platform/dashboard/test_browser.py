@@ -10,12 +10,12 @@ from playwright.sync_api import expect
 from openmoe.clusters import processes, provider, ray_start
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.twin_state import Cluster, Node
-from openmoe.platform import spec
-from openmoe.platform.cron import Schedule, ScheduleAdded, ScheduleFired, SchedulePaused
 from openmoe.platform.dashboard import summary
 from openmoe.platform.dashboard.watch import key_of
-from openmoe.platform.job_events import Admitted, CancelAsked, Submitted
-from openmoe.platform.job_store import JobStore
+from openmoe.platform.jobs.cron import Schedule, ScheduleAdded, ScheduleFired, SchedulePaused
+from openmoe.platform.jobs.job_events import Admitted, CancelAsked, Submitted
+from openmoe.platform.jobs.job_store import JobStore
+from openmoe.platform.run_file import spec
 
 INK = """canvas => {
   const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openmoe.platform.dashboard.follow import MAX_LOAD_COLUMNS, LoadHistory, RunFollower, StepColumns
-from openmoe.platform.journal import Journal
-from openmoe.platform.lineage import Acceptance
-from openmoe.platform.run_dir import RunDir
+from openmoe.platform.run.journal import Journal
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir
 
 
 def follow(run):
@@ -138,7 +138,7 @@ def test_a_run_that_was_started_over_is_followed_anew(written):
 
 def test_a_run_on_a_bucket_is_followed_like_a_local_one(gcs):
     run = RunDir(f"{gcs}/dashboard/run")
-    from openmoe.platform import spec
+    from openmoe.platform.run_file import spec
 
     run.create(spec.load("quickstart"))
     metrics = Journal(run.at("metrics"), incarnation=run.claim().incarnation, process=0)

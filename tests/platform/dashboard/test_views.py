@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 
-from openmoe.platform import goodput, goodput_records
-from openmoe.platform.cron import Schedule
 from openmoe.platform.dashboard import views
 from openmoe.platform.dashboard.follow import RunFollower
 from openmoe.platform.dashboard.incidents import Ending, Stage
-from openmoe.platform.job import Job
+from openmoe.platform.jobs.cron import Schedule
+from openmoe.platform.jobs.job import Job
+from openmoe.platform.run import goodput, goodput_records
 
 
 def follow(run):

@@ -1,0 +1,155 @@
+"""`openmoe convert`: a checkpoint in one format becomes one in another, and is held against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from openmoe.model.config import ModelConfig
+    from openmoe.model.interop import Readable, Report
+    from openmoe.model.step import TrainState
+    from openmoe.platform.commands.progress import ProgressReport
+
+Format = Literal["t5x", "hf", "orbax"]
+Dtype = Literal["float32", "bfloat16"]
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="t5x: .../checkpoint_<step>; orbax: .../<step>; hf: a folder. Local or gs://."),
+]
+Destination = Annotated[
+    str, typer.Argument(metavar="DST", help="Folder in which the same is to appear; hf: the folder that is to appear.")
+]
+From = Annotated[Format, typer.Option("--from", help="Format of SRC.")]
+To = Annotated[Format, typer.Option("--to", help="Format of DST.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="PRESET", help="The model, such as openmoe-8b; hf: instead of its config.json."),
+]
+OfParameters = Annotated[Dtype, typer.Option(help="Type of the parameters; orbax has float32 only.")]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare a forward pass of both, layer by layer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+def convert(
+    source: Source,
+    destination: Destination,
+    source_format: From,
+    destination_format: To,
+    model: Model = None,
+    dtype: OfParameters = "float32",
+    check: Check = True,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into one of another format: t5x and orbax with the optimizer's state, hf without."""
+    from openmoe.model import acceptance, hf_checkpoint, hf_config, t5x_checkpoint
+    from openmoe.platform.commands import progress
+    from openmoe.platform.run_file.spec_errors import Problem, SpecError
+
+    if destination_format == "orbax" and dtype != "float32":
+        raise SpecError([Problem("", "orbax checkpoints have float32 only; leave it out")], f"--dtype {dtype}")
+    config = _config(source, source_format, model)
+    if destination_format == "hf":
+        hf_config.config_json(config, dtype)  # an error now, not after everything has been read
+    with progress.ProgressReport() as show:
+        if destination_format == "hf":
+            if source_format != "hf":
+                show.say(f"hf has parameters only: the step and the optimizer's state of {source} stay behind")
+            parameters = _parameters(source, source_format, config)
+            path = hf_checkpoint.write(destination, config, parameters, dtype=dtype, report=_counted(show, "write"))
+        else:
+            if source_format == "hf":
+                show.say(
+                    f"hf has parameters only: {destination_format} begins at step 0 with a fresh state of the optimizer"
+                )
+            state = _state(source, source_format, config)
+            if destination_format == "t5x":
+                path = t5x_checkpoint.write_state(destination, state, dtype=dtype, report=_counted(show, "write"))
+            else:
+                path = _write_orbax(destination, state, config, show)
+        if check:
+            both = (_parameters(source, source_format, config), _parameters(path, destination_format, config))
+            show.say(str(acceptance.compare(*both, config, _counted(show, "check", "parts"))))
+    print(json.dumps({"path": path}) if as_json else path)
+
+
+def _config(source: str, kind: Format, model: str | None) -> ModelConfig:
+    from openmoe.model import hf_checkpoint
+    from openmoe.model.config import PRESETS
+    from openmoe.platform.run_file.spec_errors import Problem, SpecError, did_you_mean
+
+    if model is None and kind == "hf":
+        return hf_checkpoint.read_config(source)
+    if model is None:
+        raise SpecError([Problem("", f"needed with --from {kind}; such as --model openmoe-8b")], "--model")
+    if model not in PRESETS:
+        raise SpecError([Problem("", f"no preset of this name; {did_you_mean(model, PRESETS)}")], f"--model {model}")
+    return PRESETS[model]
+
+
+def _parameters(path: str, kind: Format, config: ModelConfig) -> Mapping[str, Readable]:
+    """The parameters of a checkpoint by T5X's names, read when they are wanted."""
+    from flax import traverse_util
+
+    from openmoe.model import checkpoint, hf_checkpoint
+    from openmoe.model import t5x_checkpoint as t5x
+
+    template = _template(config)
+    wanted = traverse_util.flatten_dict(template.params, sep="/")
+    match kind:
+        case "t5x":
+            return t5x.stored_parameters(path, wanted)
+        case "hf":
+            return hf_checkpoint.stored_parameters(path, wanted, config)
+        case "orbax":
+            return traverse_util.flatten_dict(checkpoint.stored_parameters(path, template.params), sep="/")
+
+
+def _state(path: str, kind: Format, config: ModelConfig) -> Any:
+    """The arrays of a checkpoint in their places in a TrainState, read when they are wanted."""
+    import jax
+    from flax import traverse_util
+
+    from openmoe.model import checkpoint, interop, t5x_checkpoint
+
+    template = _template(config)
+    match kind:
+        case "t5x":
+            return t5x_checkpoint.stored(path, template)
+        case "orbax":
+            return checkpoint.stored(path, template)
+        case "hf":
+            fresh = jax.tree.map(lambda like: interop.Zeros(like.shape, like.dtype), template)
+            parameters = dict(_parameters(path, kind, config))
+            return fresh._replace(params=traverse_util.unflatten_dict(parameters, sep="/"))
+
+
+def _write_orbax(folder: str, state: Any, config: ModelConfig, show: ProgressReport) -> str:
+    from openmoe.model import checkpoint
+    from openmoe.pipelines import storage
+    from openmoe.platform.run_file.spec_errors import Problem, SpecError
+
+    path = storage.join(folder, str(step := int(state.step.read())))
+    if storage.exists(path):
+        raise SpecError([Problem("", "is there already; remove it, or choose another folder")], path)
+    checkpoint.write(folder, step, state, _template(config), {"next_row": 0}, _counted(show, "write"))
+    return path
+
+
+def _counted(show: ProgressReport, what: str, of: str = "arrays") -> Report:
+    return lambda done, total: show(what, done, total, of)
+
+
+def _template(config: ModelConfig) -> TrainState:
+    """The shapes of a state on one CPU, wherever the model is going to run."""
+    import jax
+
+    from openmoe.model import sharding, step
+    from openmoe.model.optimizer_config import AdafactorConfig
+
+    mesh = sharding.make_mesh(data=1, expert=1, devices=jax.devices("cpu")[:1])
+    return step.state_shapes(config, AdafactorConfig(), mesh)

@@ -1,0 +1,1 @@
+"""What the commands say of data builds, and building ahead of a run."""

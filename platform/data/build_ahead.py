@@ -1,0 +1,162 @@
+"""Builds a run's data: what it needs to begin, then, while it trains, each stream's coming groups.
+
+A thread of the driver keeps of each stream the window of rows that is being read and the one after it ready, as far as
+the run comes to them soon, until its last row is covered; what the mixture comes to first is packed first. The loaders
+of the training workers find packed groups by themselves. One that has caught up packs what it needs itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from openmoe.pipelines import build, passes
+from openmoe.pipelines.build import Report, Workplace
+from openmoe.pipelines.config import BLOCK_ROWS
+from openmoe.pipelines.manifest import Manifest
+from openmoe.pipelines.mixture import WINDOW_ROWS
+from openmoe.pipelines.storage import StorageDenied
+from openmoe.platform.run_file import run_length
+from openmoe.platform.run_file.spec import RunSpec
+
+POLL_S = 2.0
+# What the run comes to later than so many rows is not built yet, as of a stage that is far off.
+AHEAD_ROWS = 8 * WINDOW_ROWS
+CLOSE_S = 1.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
+
+
+def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], None]) -> tuple[Manifest, RunSpec]:
+    """Builds what training wants to find: for a run in epochs pass 0 of all sources, and what it reads first.
+
+    Args:
+      spec: of the run.
+      step: steps the run has done.
+      report: told of progress.
+      say: told when the driver does what the cluster has no CPU for.
+
+    Returns:
+      The manifest, and the run with its length in steps.
+    """
+    place = _place(spec, say=_once(say))
+    manifest = build.tokenize(spec.data, spec.data_dir, report, place)
+    if spec.eval is not None:
+        passes.check_validation(manifest, range(len(manifest.streams)))
+    build.pack_validation(manifest, report, place)
+    built = passes.Passes(manifest)
+    if spec.train.epochs is not None:
+        build.pack(built, built.first_passes(), report, place)
+    spec = run_length.resolved(spec, built.epoch_rows())
+    row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
+    try:
+        while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
+            build.pack(built, wanted, report, place)
+    except StorageDenied as error:
+        place.say(_left_to_workers(error))
+    return manifest, spec
+
+
+def tokenize(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Manifest:
+    """Tokenizes a run's sources, as every build of them begins, and packs nothing."""
+    return build.tokenize(spec.data, spec.data_dir, report, _place(spec, say=_once(say)))
+
+
+def build_all(spec: RunSpec, report: Report, say: Callable[[str], None]) -> Manifest:
+    """Builds all that a run reads from its first step to its last."""
+    manifest, spec = build_first(spec, 0, report, say)
+    rows = spec.train.total_steps * spec.train.batch_rows
+    build.extend(passes.Passes(manifest), rows, report, _place(spec, say=_once(say)))
+    return manifest
+
+
+class BuildAhead:
+    """The thread, from `with` to its end; `check` says whether it failed."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        manifest: Manifest,
+        position_steps: Callable[[], int],
+        report: Report,
+        say: Callable[[str], None],
+    ) -> None:
+        """Takes what to build for.
+
+        Args:
+          spec: of the run, its length in steps.
+          manifest: of the build whose passes are extended.
+          position_steps: says, whenever asked, how many steps the run has done.
+          report: told of progress as groups are packed.
+          say: told, once, when the driver packs because the cluster has no CPU for it.
+        """
+        self._passes = passes.Passes(manifest)
+        self._batch_rows = spec.train.batch_rows
+        self._last_row = spec.train.total_steps * self._batch_rows
+        self._position_steps, self._report, self._told = position_steps, report, say
+        workers_cpus = spec.cluster.num_workers * spec.cluster.cpus_per_worker
+        self._stop = threading.Event()
+        self._place = _place(spec, reserved_cpus=workers_cpus, say=_once(self._say), is_left=self._stop.is_set)
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="build-ahead", daemon=True)
+
+    def __enter__(self) -> BuildAhead:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread; what it has not finished is built by the next attempt."""
+        self._stop.set()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():  # Ray Data will lose its Ray, and say so at length
+            logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+    def check(self) -> None:
+        """Raises what stopped the building, if anything did: DataError when the data cannot be used."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _say(self, line: str) -> None:
+        if not self._stop.is_set():  # what Ray says when it is shut down is no news
+            self._told(line)
+
+    def _work(self) -> None:
+        try:
+            while not passes.covers(self._passes, self._last_row) and not self._stop.is_set():
+                row = self._position_steps() * self._batch_rows
+                if wanted := passes.coming(self._passes, row, min(row + AHEAD_ROWS, self._last_row), ahead=1):
+                    build.pack(self._passes, wanted, self._report, self._place)
+                elif self._stop.wait(POLL_S):
+                    return
+        except StorageDenied as error:
+            self._say(_left_to_workers(error))
+        except Exception as error:
+            if not self._stop.is_set():
+                self._failure = error
+
+
+def _left_to_workers(error: StorageDenied) -> str:
+    return f"{error}; what is not packed is rendered by the workers, each for itself"
+
+
+def _place(spec: RunSpec, **settings: Any) -> Workplace:
+    cluster = spec.cluster
+    return Workplace(num_workers=cluster.data_cpus, task_memory_bytes=cluster.data_task_memory_bytes, **settings)
+
+
+def _once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns `say` for lines that it has not been told yet."""
+    said: set[str] = set()
+
+    def say_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            say(line)
+
+    return say_new

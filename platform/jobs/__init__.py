@@ -1,0 +1,1 @@
+"""Many runs: queued, scheduled, started on Ray clusters, and told as a story."""

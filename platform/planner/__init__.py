@@ -1,0 +1,1 @@
+"""What a run would take on given machines, before any is rented."""

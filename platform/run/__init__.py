@@ -1,0 +1,1 @@
+"""One run: its driver, its directory, and the proof and account of what happened."""

@@ -1,0 +1,63 @@
+"""Joins the Ray cluster that the environment names, or starts a Ray on this machine while it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+from openmoe.clusters import local_ray
+from openmoe.platform.run_file.spec import ClusterConfig
+
+
+@contextlib.contextmanager
+def started(cluster: ClusterConfig) -> Generator[str]:
+    """Yields where Ray runs, in words; a Ray that was started here ends with the block.
+
+    `RAY_ADDRESS` names a running cluster, as it does inside a Ray job. Ray's own lines go to its log folder; nothing
+    that is printed to stdout inside the block is seen.
+
+    Raises:
+      LocalRayError: this machine cannot start it.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        # Left to itself, Ray turns tokens on in some of its parts and not in others.
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    else:
+        os.environ.update(local_ray.environment())
+    if address or cluster.dashboard_port is not None:
+        os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # the dashboard's Train page; costs 10 s at start
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of 30 s of notice, Ray's 5 are too many
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that outlives `ray.shutdown` would start another Ray
+    import ray
+
+    if ray.is_initialized():
+        yield "the Ray of this process"
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if address:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        where = f"the Ray cluster at {address}"
+    else:
+        needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
+        arguments = local_ray.init_arguments(
+            num_cpus=needed + 1,  # one for the coming pass of the data, while all workers train
+            object_store_bytes=cluster.object_store_bytes,
+            dashboard_port=cluster.dashboard_port,
+        )
+        ray.init(**arguments)
+        where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
+    try:
+        # Ray prints there what its logs have, such as the state of a raylet that died.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield where
+    finally:
+        ray.shutdown()
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or (Path.home() / ".ray" / "auth_token").exists()

@@ -1,0 +1,1 @@
+"""The run file: one RunSpec, and every number that follows from it."""

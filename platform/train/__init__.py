@@ -1,0 +1,1 @@
+"""Inside a worker: the loop, and what it saves, measures and watches."""
