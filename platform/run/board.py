@@ -6,12 +6,15 @@ waits for it for long, and losing it ends no run.
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from openmoe.clusters.processes import Process
+from openmoe.platform.run.frozen import Pulse
 from openmoe.platform.run.stragglers import Pace
 from openmoe.platform.run.verdict import Failure
 
@@ -28,6 +31,7 @@ class Board:
         self._paces: dict[int, Pace] = {}
         self._failures: dict[int, Failure] = {}
         self._rendered_groups = 0
+        self._pulses: dict[int, tuple[str, Process, float]] = {}
 
     def place(self, rank: int, node_id: str, memory_kills: int | None = None) -> None:
         """Keeps the Ray node on which a worker runs, and how often the kernel had killed for memory there before."""
@@ -41,6 +45,17 @@ class Board:
     def memory_kills(self) -> dict[int, int | None]:
         """Returns the counter of each rank that said where it is, when it said so."""
         return self._memory_kills
+
+    def lives(self, rank: int, node_id: str, process: Process | None) -> None:
+        """Keeps that a worker's process gets on; None: it has done its work, and says no more."""
+        self._pulses.pop(rank, None)
+        if process is not None:
+            self._pulses[rank] = (node_id, process, time.monotonic())
+
+    def pulses(self) -> dict[int, Pulse]:
+        """Returns how long each rank that has still to work has been silent, and which process it is."""
+        now_s = time.monotonic()
+        return {rank: Pulse(node, process, now_s - told_s) for rank, (node, process, told_s) in self._pulses.items()}
 
     def put(self, record: dict[str, Any]) -> None:
         """Replaces the newest step's record."""

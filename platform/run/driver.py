@@ -180,7 +180,7 @@ class Attempt:
         Ray Train waits in a thread of its own, so that a signal to the driver is answered at once.
         """
         from openmoe.platform.run import board as boards
-        from openmoe.platform.run import hosts, worker_group
+        from openmoe.platform.run import frozen, hosts, worker_group
         from openmoe.platform.train import worker
 
         board = boards.start()
@@ -205,9 +205,11 @@ class Attempt:
         wait.start()
         placements: dict[int, str] = {}
         paces = _Paces(journal, self._show.say)
+        lives = frozen.Watch(self._spec.cluster.heartbeat_timeout_s, hosts.name, self._show.say)
         while wait.is_alive():
             wait.join(timeout=0.5)
             check()
+            lives.go_on(boards.ask(board.pulses.remote(), {}))
             if paces.are_due():
                 paces.look(boards.ask(board.paces.remote(), {}), hosts.names(placements))
             self._show_newest(boards.ask(board.take.remote(), None))
@@ -220,7 +222,7 @@ class Attempt:
         if evidence is None:
             return None
         placements = boards.ask(board.placements.remote(), placements)
-        told = boards.ask(board.failures.remote(), {})
+        told = lives.failures() | boards.ask(board.failures.remote(), {})
         if dead := [f.rank for f in evidence.failures if f.kind == "process_died" and f.rank not in told]:
             before, after = boards.ask(board.memory_kills.remote(), {}), hosts.memory_kills(placements.values())
             told |= memory_kills.named(dead, placements, before, after)

@@ -95,6 +95,11 @@ def names(placements: Mapping[int, str]) -> list[str]:
     return [_name(nodes[node_id]) for _, node_id in sorted(placements.items())]
 
 
+def name(node_id: str) -> str:
+    """Returns what to call the host that is a Ray node."""
+    return names({0: node_id})[0]
+
+
 def _name(node: Mapping[str, Any]) -> str:
     return f"{slice_of(node)}-{_worker_id(node)}" if slice_of(node) else node["NodeManagerAddress"]
 

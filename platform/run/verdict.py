@@ -34,6 +34,7 @@ FailureKind = Literal[
     "raised",
     "hung",
     "no_storage",
+    "frozen",
     "process_died",
     "lost_peer",
     "start_timeout",
@@ -50,6 +51,7 @@ CAUSE_OF_KIND: dict[FailureKind, Cause] = {
     "raised": "bad_code",
     "hung": "hang",
     "no_storage": "host_fault",
+    "frozen": "host_fault",
     "process_died": "host_fault",
     "start_timeout": "host_fault",
     "lost_peer": "host_fault",
@@ -176,7 +178,7 @@ def _eviction_explains(evidence: Evidence) -> bool:
     Rank 0 holds the coordinator: when it goes, JAX aborts the processes of all other ranks.
     """
     evicted = evidence.evicted_ranks
-    dead = {f.rank for f in evidence.failures if f.kind == "process_died"}
+    dead = {f.rank for f in evidence.failures if f.kind in ("process_died", "frozen")}
     return bool(evicted) and (dead <= evicted or 0 in evicted)
 
 
@@ -216,6 +218,7 @@ def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) 
         "raised": f"rank {ranks} raised: {last_line}",
         "hung": f"rank {ranks} made no progress: {last_line}",
         "no_storage": f"the storage did not answer: {last_line}",
+        "frozen": f"rank {ranks} froze: {last_line}",
         "process_died": f"the process of rank {ranks} died" + (f" with its host {gone}" if gone else ""),
         "lost_peer": f"rank {ranks} lost a peer" + (f": {gone} is gone" if gone else " that left no trace"),
         "start_timeout": f"the worker group did not start: {last_line}",

@@ -7,11 +7,13 @@ read. Neither is waited for: the run directory is the record, these are the view
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
 
+from openmoe.platform.run import frozen
 from openmoe.platform.run.lineage import Claim
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run.stragglers import Pace
@@ -36,7 +38,8 @@ def work(config: dict[str, Any]) -> None:
     from openmoe.platform.train import train_loop
 
     board, rank = config["board"], jax.process_index()
-    board.place.remote(rank, ray.get_runtime_context().get_node_id(), memory_kills.count())
+    node_id = ray.get_runtime_context().get_node_id()
+    board.place.remote(rank, node_id, memory_kills.count())
     spec = RunSpec.model_validate_json(config["spec"])
     run, claim = RunDir(spec.run_dir), Claim(**config["claim"])
     gauges = StepGauges(spec, claim)
@@ -50,7 +53,10 @@ def work(config: dict[str, Any]) -> None:
 
     timeout_s, multiple, least_s = spec.cluster.step_timeout_s, spec.health.hang_multiple, spec.health.hang_least_s
     announced, rendered = worker_group.announced_end_s, board.rendered.remote
-    with watched(board, rank, timeout_s, multiple=multiple, least_s=least_s) as watchdog:
+    with (
+        frozen.telling(partial(board.lives.remote, rank, node_id)),
+        watched(board, rank, timeout_s, multiple=multiple, least_s=least_s) as watchdog,
+    ):
         hooks = (report, watchdog.beat, rendered, config["seen"], announced, tell_pace)
         train_loop.train(spec, run, claim, config["manifest"], *hooks)
 

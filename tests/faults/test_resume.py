@@ -70,7 +70,7 @@ def test_a_killed_worker_is_replaced_by_the_driver_and_the_bits_are_the_same(los
         pass
     run = lost_worker.trainer.run
     assert ends(run) == [("host_fault", "retry")]
-    assert "incarnation 1 ended, retry: host_fault 1 of 10" in lost_worker.output
+    assert "incarnation 1 ended, retry: host_fault 1 of 10: the process of rank " in lost_worker.output
     assert [c.incarnation for c in run.claims()] == [1, 2]
     assert_every_row_once(run)
     assert bits(run) == bits(undisturbed)

@@ -44,6 +44,10 @@ def host(worker, *ranks, alive=False, state="RUNNING", slice_name="slice-a"):
         (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1),)), "host_fault"),
         (Evidence(failures=(failure("start_timeout", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
         (Evidence(failures=(failure("controller", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
+        (Evidence(failures=(failure("frozen", 1), failure("process_died", 0))), "host_fault"),
+        (Evidence(failures=(failure("frozen", 1), failure("raised", 0))), "bad_code"),
+        (Evidence(failures=(failure("frozen", 0),), preempted_ranks=(0,)), "preemption"),
+        (Evidence(failures=(failure("frozen", 0),), preempted_ranks=(1,)), "host_fault"),
         (Evidence(failures=(failure("hung", 3),)), "hang"),
         (Evidence(failures=(failure("hung", 3), failure("lost_peer", 0))), "hang"),
         (Evidence(cluster_lost=True), "cluster_lost"),
@@ -91,6 +95,12 @@ def test_a_verdict_of_a_host_fault_names_the_host_and_that_the_provider_kept_it_
         "slice-a-1 (ranks 1) is gone, the provider's record says RUNNING",
         "rank 1: process died: Killed",
     )
+
+
+def test_of_a_frozen_worker_and_the_peers_that_gave_it_up_the_frozen_one_is_named():
+    gave_up, froze = failure("process_died", 0), failure("frozen", 1, "process 7 on slice-a-1 is stopped")
+    verdict = diagnose(Evidence(failures=(gave_up, froze)))
+    assert verdict.reason == "rank 1 froze: process 7 on slice-a-1 is stopped"
 
 
 @given(
