@@ -257,7 +257,7 @@ def test_what_is_no_database_of_ours_is_refused_and_left_alone(tmp_path):
     assert sqlite3.connect(tmp_path / "other.db").execute("select name from sqlite_schema").fetchall() == [("song",)]
 
 
-def test_ten_thousand_events_are_polled_in_no_time(store):
+def test_ten_thousand_events_are_read_once_however_often_they_are_asked_for(store, monkeypatch):
     new = store._encode(submitted("night-0000", run_file="key: value\n" * 200))
     gone = store._encode(CancelAsked(job_id="night-0000", time_s=2.0))
     with store._transaction():
@@ -265,15 +265,12 @@ def test_ten_thousand_events_are_polled_in_no_time(store):
             for kind, body in (("submitted", new), ("cancel_asked", gone)):
                 row = (2.0, name, kind, body.replace("night-0000", name))
                 store._sql.execute("insert into event (time_s, subject, kind, body) values (?, ?, ?, ?)", row)
-    opened = JobStore(store.path)
-    began_s = time.process_time()
-    assert len(opened.jobs()) == 5_000
-    assert time.process_time() - began_s < 5
-    began_s = time.process_time()
+    opened, decoded, decode = JobStore(store.path), [], JobStore._decode
+    monkeypatch.setattr(opened, "_decode", lambda number, *row: decoded.append(number) or decode(opened, number, *row))
     for _ in range(100):
-        opened.version()
-        opened.jobs()
-    assert time.process_time() - began_s < 0.5  # 5 ms each; 0.3 ms on an idle machine
+        assert len(opened.jobs()) == 5_000
+        assert opened.version() == 10_000
+    assert decoded == list(range(1, 10_001))
 
 
 def test_threads_share_one_store(store):
