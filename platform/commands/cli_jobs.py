@@ -42,14 +42,15 @@ def submit(
 ) -> None:
     """Submit a run as a job; the controller starts it when its cluster has room."""
     from openmoe.platform import home as home_folder
-    from openmoe.platform.jobs import cluster_access, controller_lock, job_request
+    from openmoe.platform.jobs import cluster_access, controller_lock, job_events, job_request
 
     home = home_folder.home()
     request = job_request.resolve(run, overrides or (), cluster or cluster_access.only_cluster(home))
     cluster_access.check_known(request.cluster, home)
     store = store_of_home()
     _refuse_second(store, request.run_dir)
-    job, _ = store.apply(request.submitted(store.new_id(request.name), time.time()))
+    job_id = store.new_id(request.name)
+    job, _ = store.apply(job_events.Submitted(job_id=job_id, time_s=time.time(), **vars(request)))
     if as_json:
         print(json.dumps(_as_json(job), indent=2))
         return

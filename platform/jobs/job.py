@@ -41,6 +41,7 @@ from openmoe.platform.jobs.job_events import (
     ClusterLost,
     Event,
     JobError,
+    JobRequest,
     RaySaw,
     RayStatus,
     RetryAsked,
@@ -66,18 +67,11 @@ NO_PAUSE: frozenset[Cause] = frozenset({"preemption", "cluster_lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(JobRequest):
     """What was asked for, and how far it has come.
 
     Attributes:
       id: "<run name>-<4 to 6 characters>", unique for ever.
-      name: the run's.
-      run_dir: absolute local path, or gs://.
-      run_file: the resolved run file, YAML, with absolute paths.
-      cluster: a name under home/clusters, or the http:// address of a Ray dashboard.
-      cluster_file: the resolved cluster file, YAML; "" for an address.
-      slots: what it occupies of its cluster: slices, or 1.
-      budgets: restarts allowed, by cause.
       submitted_s: Unix time; the place in the queue.
       changed_s: Unix time of the last event that changed this job.
       state: see the module.
@@ -98,13 +92,6 @@ class Job:
     """
 
     id: str
-    name: str
-    run_dir: str
-    run_file: str
-    cluster: str
-    cluster_file: str
-    slots: int
-    budgets: Mapping[str, int]
     submitted_s: float
     changed_s: float
     state: JobState = "queued"

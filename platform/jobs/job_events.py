@@ -40,8 +40,18 @@ class Event:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted(Event):
-    """Somebody, or a schedule, asked for a run. Fields as in `Job`."""
+class JobRequest:
+    """What is asked of a job.
+
+    Attributes:
+      name: the run's.
+      run_dir: absolute local path, or gs://.
+      run_file: the resolved run file, YAML, with absolute paths.
+      cluster: a name under home/clusters, or the http:// address of a Ray dashboard.
+      cluster_file: the resolved cluster file, YAML; "" for an address.
+      slots: what it occupies of its cluster: slices, or 1.
+      budgets: restarts allowed, by cause.
+    """
 
     name: str
     run_dir: str
@@ -50,6 +60,17 @@ class Submitted(Event):
     cluster_file: str
     slots: int
     budgets: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted(JobRequest, Event):
+    """Somebody, or a schedule, asked for a run.
+
+    Attributes:
+      schedule: its name, if it was one.
+      stop_at_s: Unix time at which its window closes.
+    """
+
     schedule: str | None = None
     stop_at_s: float | None = None
 

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from openmoe.platform.commands import cli_cluster
 from openmoe.platform.jobs import cluster_file, cluster_fit
-from openmoe.platform.jobs.job_events import Submitted
+from openmoe.platform.jobs.job_events import JobRequest
 from openmoe.platform.run_file import spec, spec_paths
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobRequest:
-    """Fields as in `job.Job`; the run file and the cluster file are resolved and checked."""
-
-    name: str
-    run_dir: str
-    run_file: str
-    cluster: str
-    cluster_file: str
-    slots: int
-    budgets: Mapping[str, int]
-
-    def submitted(self, job_id: str, time_s: float) -> Submitted:
-        """Returns the event that makes a job of it."""
-        return Submitted(job_id=job_id, time_s=time_s, **vars(self))
 
 
 def resolve(run: str, overrides: Sequence[str], cluster: str) -> JobRequest:
