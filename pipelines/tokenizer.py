@@ -51,6 +51,7 @@ class Tokenizer:
             raise DataError(f"tokenizer: {uri} has no end-of-sequence piece; UL2 ends every part with one")
         self.text_vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
+        self.sha256: str = hashlib.sha256(proto).hexdigest()
         # Implementations and versions cut the same text differently, so the version is part of the identity.
         version = sentencepiece.__version__.encode()
         self.fingerprint: str = hashlib.sha256(hashlib.sha256(proto).digest() + version).hexdigest()

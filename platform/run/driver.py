@@ -30,7 +30,7 @@ from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
 from openmoe.platform.run_file import run_length, spec_paths, validate
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import cadence, health, memory_kills
+from openmoe.platform.train import cadence, health, init_source, memory_kills
 
 LOOK_AT_PACES_S = 30.0
 
@@ -57,10 +57,11 @@ def train(
       Exit code: 0 the run is finished, 1 it ended before, 2 its input is wrong.
     """
     run = RunDir(spec_paths.absolute(spec.run_dir))
-    validate.check_tokenizer(spec)  # first: a run directory keeps the mathematics it was created with
-    run.create(spec)
-    spec = spec_paths.with_absolute_paths(spec)
+    tokenizer = validate.check_tokenizer(spec)  # first: a run directory keeps the mathematics it was created with
     with ProgressReport() as show:
+        init_source.check(spec, tokenizer, show.say)
+        run.create(spec, **{init_source.TOKENIZER: tokenizer.sha256})
+        spec = spec_paths.with_absolute_paths(spec)
         finished = run.finished()
         if finished and run_length.is_reached(spec.train, finished):
             show.say(f"{spec.name} is finished already ({finished['steps']} steps): {run.at('summary.html')}")

@@ -55,8 +55,12 @@ class RunDir:
         """Returns whether a run lives here."""
         return storage.exists(self.at("run.json"))
 
-    def create(self, spec: RunSpec) -> None:
+    def create(self, spec: RunSpec, **facts: str) -> None:
         """Writes run.json, or checks that the one there is of the same mathematics and data.
+
+        Args:
+          spec: of the run.
+          facts: about it, kept beside the spec.
 
         Raises:
           RunDirError: another run lives here, or something that is no run.
@@ -69,6 +73,7 @@ class RunDir:
             "mathematics": mathematics,
             "spec": spec.model_dump(mode="json"),
             "created_s": time.time(),
+            **facts,
         }
         if storage.create_if_absent(self.at("run.json"), _encode(record)):
             return

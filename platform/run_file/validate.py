@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from openmoe.model import counts
 from openmoe.model.config import ModelConfig
@@ -11,6 +12,9 @@ from openmoe.platform.run_file import run_length, validate_data, validate_memory
 from openmoe.platform.run_file.spec import RunSpec, spec_hash
 from openmoe.platform.run_file.spec_checks import legal_meshes
 from openmoe.platform.run_file.spec_errors import Problem, SpecError
+
+if TYPE_CHECKING:
+    from openmoe.pipelines.tokenizer import Tokenizer
 
 DESCRIBED_SEQ_LEN = 2048
 
@@ -116,15 +120,16 @@ def _tokenizer(spec: RunSpec) -> Fact:
     return Fact("tokenizer", uri, uri, f"{wanted:,} pieces, as model.text_vocab_size wants")
 
 
-def check_tokenizer(spec: RunSpec) -> None:
-    """Raises SpecError when the tokenizer, which this reads, has not the pieces that the model expects."""
+def check_tokenizer(spec: RunSpec) -> Tokenizer:
+    """Reads the tokenizer; raises SpecError when it has not the pieces that the model expects."""
     from openmoe.pipelines import tokenizer
 
     uri, wanted = spec.data.tokenizer, spec.model.text_vocab_size
-    size = tokenizer.load(uri).text_vocab_size
-    if size != wanted:
-        message = f"must be the {size} pieces of data.tokenizer={uri}, got {wanted}"
+    found = tokenizer.load(uri)
+    if found.text_vocab_size != wanted:
+        message = f"must be the {found.text_vocab_size} pieces of data.tokenizer={uri}, got {wanted}"
         raise SpecError([Problem("model.text_vocab_size", message)])
+    return found
 
 
 def _devices(spec: RunSpec) -> tuple[Fact, ...]:

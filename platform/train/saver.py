@@ -17,7 +17,7 @@ from openmoe.platform.run import lineage
 from openmoe.platform.run.lineage import Acceptance, Claim, Position
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import init_from, restore
+from openmoe.platform.train import init_from, init_source, restore
 from openmoe.platform.train.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.train.notice import Notice
 from openmoe.platform.train.pace import Pace
@@ -163,7 +163,9 @@ class Saver:
         A step's randomness is fold_in(seed, step), so these two are the state of the random numbers.
         """
         train, row_tokens = self._spec.train, self._spec.data.seq_len
+        known = {name: self._record[name] for name in (init_source.TOKENIZER,) if name in self._record}
         return {
+            **known,
             "run": self._record["name"],
             "spec_hash": self._record["spec_hash"],
             "seed": self._spec.seed,

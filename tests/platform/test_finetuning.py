@@ -1,13 +1,19 @@
 """A tiny pretraining, then a run on conversations that begins with its parameters."""
 
+import importlib.resources
 import json
 
+import fsspec
 import pytest
+from typer.testing import CliRunner
 
 from openmoe.model import checkpoint
-from openmoe.pipelines import build, explain, stdlib_corpus
+from openmoe.model.config import PRESETS
+from openmoe.pipelines import build, explain, stdlib_corpus, tokenizer
+from openmoe.platform.commands import cli
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file import spec
+from openmoe.platform.train import init_source
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -24,7 +30,7 @@ def trained(loaded, manifest):
     from openmoe.platform.train import train_loop
 
     run = RunDir(loaded.run_dir)
-    run.create(loaded)
+    run.create(loaded, tokenizer_sha256=tokenizer.load(loaded.data.tokenizer).sha256)
     train_loop.train(loaded, run, run.claim(), manifest.path, lambda record: None)
     return run
 
@@ -38,6 +44,20 @@ def base(ray_local, tmp_path_factory):
     data = f"data={{tokenizer: 'builtin:small_8192', seq_len: 128, objective: next_token, sources: [{source}]}}"
     loaded = spec.load("quickstart", [data, *SMALL, f"run_dir={folder}/run", "train.steps=2", CONSTANT])
     return trained(loaded, build.build(loaded.data, loaded.data_dir, min_rows=16))
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory):
+    """The tokenizer of the base run with two pieces exchanged: as many, and other text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((importlib.resources.files("openmoe.pipelines.assets") / "small_8192.model").read_bytes())
+    one, two = model.pieces[5000], model.pieces[5001]
+    one.piece, two.piece = two.piece, one.piece
+    (folder / "other.model").write_bytes(model.SerializeToString())
+    return f"{folder}/other.model"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +95,91 @@ def test_a_run_on_conversations_begins_with_the_parameters_of_another_and_learns
     assert answer.endswith("</s> </s>")  # of the template, and EOS
 
 
-def test_a_converted_checkpoint_serves_too_and_another_model_is_refused_in_one_line(base, talks, tmp_path):
+def test_a_run_on_gs_is_fine_tuned_from_one_there_by_the_real_driver_and_answers(base, talks, gcs, capsys):
+    from openmoe.platform.run import driver
+
+    source, place = f"{gcs}/finetuning/base", f"{gcs}/finetuning/chat"
+    fsspec.filesystem("gs", use_listings_cache=False).put(base.path, source, recursive=True)
+    lengths = ("train.steps=4", "train.checkpoint_every_steps=2", "train.sample_tokens=2")
+    loaded = spec.load("quickstart", [*talks[0], f"run_dir={place}", f"init_from={source}", *lengths])
+    assert driver.train(loaded) == 0
+    run = RunDir(place)
+    [began] = [event for event in run.events() if event["event"] == "initialized"]
+    assert began["checkpoint"] == f"{source}/{base.newest_accepted().checkpoint}"
+    losses = [record["loss"] for record in run.trace()]
+    assert len(losses) == 4
+    assert losses[3] < losses[0]
+    assert "does not say what tokenizer" not in capsys.readouterr().err
+
+    def openmoe(*arguments):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    [answer] = openmoe("generate", place, "--format", "chat", "--max-tokens", "4", "--json", "What is 3 and 4?")
+    assert (answer["prompt"], 1 <= len(answer["ids"]) <= 4) == ("What is 3 and 4?", True)
+    proven = openmoe("ledger", "verify", place, "--json")
+    assert (proven["compared"], proven["head"]) == (4, run.newest_accepted().ledger_head)
+
+
+def test_a_source_of_another_tokenizer_is_refused_in_one_line_before_anything_is_written(
+    base, talks, other_tokenizer, tmp_path, capsys
+):
+    from openmoe.platform.run import driver
+
+    same, other = tokenizer.load("builtin:small_8192"), tokenizer.load(other_tokenizer)
+    checkpoint_path = base.at(base.newest_accepted().checkpoint)
+    told = []
+    for place in (base.path, checkpoint_path):
+        overrides = [*talks[0], f"init_from={place}", f"run_dir={tmp_path}/chat"]
+        loaded = spec.load("quickstart", overrides)
+        init_source.check(loaded, same, told.append)
+        with pytest.raises(RunDirError) as refused:
+            driver.train(spec.load("quickstart", [*overrides, f"data.tokenizer={other_tokenizer}"]))
+        assert str(refused.value) == (
+            f"init_from: {place} was trained with another tokenizer than data.tokenizer={other_tokenizer} "
+            f"(SHA-256 {same.sha256[:16]} there, {other.sha256[:16]} here): its tokens mean other text; "
+            "give the tokenizer it was trained with"
+        )
+    assert told == []
+    assert not (tmp_path / "chat").exists()
+    assert same.fingerprint != other.fingerprint
+
+    for place in (f"{tmp_path}/nothing", str(tmp_path)):
+        nowhere = spec.load("quickstart", [*talks[0], f"init_from={place}", f"run_dir={tmp_path}/chat"])
+        with pytest.raises(RunDirError, match=f"^init_from: {place}: no run directory, and no checkpoint of Orbax; "):
+            init_source.check(nowhere, same, told.append)
+
+
+@pytest.mark.parametrize("kind", ["hf", "t5x"])
+def test_a_conversion_serves_and_that_its_tokenizer_is_not_known_is_said(base, talks, kind, tmp_path, monkeypatch):
+    from openmoe.model import sharding
+    from openmoe.platform.train import init_from
+
+    path = base.at(base.newest_accepted().checkpoint)
+    monkeypatch.setitem(PRESETS, "tiny", base.spec().model)
+
+    def convert(source, destination, *arguments):
+        result = CliRunner().invoke(cli.app, ["convert", source, destination, *arguments, "--no-check", "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["path"]
+
+    there = convert(path, f"{tmp_path}/{kind}", "--from", "orbax", "--to", kind, "--model", "tiny")
+    converted = convert(there, f"{tmp_path}/orbax", "--from", kind, "--to", "orbax", "--model", "tiny")
+    loaded = spec.load("quickstart", [*talks[0], f"init_from={converted}", f"run_dir={tmp_path}/chat"])
+    told, found = [], []
+    init_source.check(loaded, tokenizer.load(loaded.data.tokenizer), told.append)
+    assert told == [f"init_from: {converted} does not say what tokenizer it was trained with; taken to be the same"]
+    state = init_from.initial_state(
+        loaded, sharding.make_mesh(**loaded.mesh.model_dump()), lambda event, **facts: found.append(facts["digest"])
+    )
+    base_params = init_from.initial_state(
+        loaded.model_copy(update={"init_from": path}), sharding.make_mesh(**loaded.mesh.model_dump())
+    ).params
+    assert found == [checkpoint.checksum(base_params)] == [checkpoint.checksum(state.params)]
+
+
+def test_one_checkpoint_serves_too_and_another_model_is_refused_in_one_line(base, talks, tmp_path):
     import jax
 
     from openmoe.model import sharding, step

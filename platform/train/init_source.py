@@ -1,0 +1,63 @@
+"""Whether what a run is to begin with is there and reads the same tokens: asked before anything is built or started.
+
+That its arrays fit the model is seen where there are devices (`init_from.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from openmoe.pipelines import storage
+from openmoe.pipelines.tokenizer import Tokenizer
+from openmoe.platform.run.run_dir import RunDir, RunDirError
+from openmoe.platform.run_file.spec import RunSpec
+
+TOKENIZER = "tokenizer_sha256"  # of a SentencePiece model; in run.json, and among the facts of each checkpoint
+
+
+def check(spec: RunSpec, tokenizer: Tokenizer, say: Callable[[str], object]) -> None:
+    """Refuses an `init_from` that cannot be begun with.
+
+    Args:
+      spec: the run.
+      tokenizer: of its data.
+      say: told where the source does not record what tokenizer it was trained with, as conversions do not.
+
+    Raises:
+      RunDirError: there is no checkpoint, or it was trained with another tokenizer.
+    """
+    if spec.init_from is None or RunDir(spec.run_dir).newest_accepted() is not None:
+        return  # a run goes on from its own checkpoints, whatever has become of its source
+    source = RunDir(spec.init_from)
+    recorded = _recorded_by_run(source) if source.exists() else _recorded_by_checkpoint(spec.init_from)
+    if recorded is None:
+        say(f"init_from: {spec.init_from} does not say what tokenizer it was trained with; taken to be the same")
+    elif recorded != tokenizer.sha256:
+        raise RunDirError(
+            f"init_from: {spec.init_from} was trained with another tokenizer than data.tokenizer={spec.data.tokenizer} "
+            f"(SHA-256 {recorded[:16]} there, {tokenizer.sha256[:16]} here): its tokens mean other text; "
+            "give the tokenizer it was trained with"
+        )
+
+
+def _recorded_by_run(source: RunDir) -> str | None:
+    record = source.record()
+    if source.newest_accepted() is None:
+        raise RunDirError(f"init_from: {source.path}: the run has no accepted checkpoint yet; train it first")
+    return record.get(TOKENIZER)
+
+
+def _recorded_by_checkpoint(path: str) -> str | None:
+    """Returns what the facts of a checkpoint of Orbax say, without reading its arrays."""
+    parts = storage.list_folders(path)
+    if "state" not in parts:
+        raise RunDirError(
+            f"init_from: {path}: no run directory, and no checkpoint of Orbax; give the path of one step, such as "
+            "DIR/1000; `openmoe convert --to orbax` makes one of T5X or Hugging Face"
+        )
+    facts: dict[str, Any] = {}
+    if "loader" in parts:
+        facts = json.loads(storage.read_bytes(storage.join(path, "loader", "metadata")))
+    return facts.get(TOKENIZER)
