@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from openmoe.pipelines import limits, passes, selection, sources, storage, token_cache, tokenizer
+from openmoe.pipelines import limits, passes, selection, sources, storage, task_memory, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.config import DataConfig, DataError
 from openmoe.pipelines.manifest import Manifest
@@ -50,7 +50,7 @@ class Workplace:
 
     Attributes:
       num_workers: tasks at a time; None: one for each CPU that is left.
-      task_memory_bytes: memory that Ray reserves for each task; None: as it sees fit.
+      task_memory_bytes: memory that Ray reserves for each task, and that it may take; None: as it sees fit.
       reserved_cpus: CPUs of the training workers, which must find them free whenever they start again.
       say: told when this process begins to do tasks, and why.
       is_left: says whether the build is to end; nothing more is asked of Ray then.
@@ -331,7 +331,7 @@ def _mapped(
     compute = ray.data.TaskPoolStrategy(size=min(len(tasks), at_once))
     with warnings.catch_warnings():  # Ray 2.60 calls every way to this option outdated, and has no other yet
         warnings.simplefilter("ignore", DeprecationWarning)
-        answers = rows.map(work, compute=compute, max_retries=0, **needs)
+        answers = rows.map(task_memory.within(needs["memory"], work), compute=compute, max_retries=0, **needs)
     answers.context.execution_no_progress_timeout_s = stuck_s
     answers.context.max_errored_blocks = -1
     yield from answers.iter_rows()

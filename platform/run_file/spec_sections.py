@@ -200,7 +200,10 @@ class ClusterConfig(Section):
         description="Most CPUs that data work takes at a time; without it all that the workers leave.",
     )
     data_task_memory_bytes: int | None = Field(
-        default=None, ge=1, description="Memory that Ray reserves for each task of data work, which takes one CPU."
+        default=None,
+        ge=1,
+        description="Memory that Ray reserves for each task of data work, which takes one CPU. On Linux a task ends "
+        "that wants more beyond what an idle worker has.",
     )
     # JAX may take a second more; the group of a dead or frozen peer ends within 30 s.
     heartbeat_timeout_s: int = Field(default=25, ge=5, description="Silence after which a peer is dead.")
