@@ -19,11 +19,13 @@ def replay(
         str | None, typer.Option(metavar="DIR", help="Where the data is now; default as in the run file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+    member: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Execute a step again, from the checkpoint before it, and compare every bit with the record.
 
     As many steps as lie between are executed and compared too: their rows with the ledger, all metrics, and the
-    state if a checkpoint was accepted at the last. Exit code 1: something came out otherwise, and the first is named.
+    state if a checkpoint was accepted at the last. On CPU as many processes do it as then; elsewhere, or where these
+    changed in between, losses are compared within 1e-3. Exit code 1: something came out otherwise, the first is named.
     """
     from openmoe.platform.run.run_dir import RunDir
 
@@ -33,17 +35,22 @@ def replay(
     from openmoe.platform.commands import progress
     from openmoe.platform.run.run_dir import RunDirError
     from openmoe.platform.train import replay as replays
-    from openmoe.platform.train.restore import DamagedCheckpoint
+    from openmoe.platform.train import replay_group
 
-    try:
-        with progress.ProgressReport() as show:
+    group = replay_group.shape_of(run, step)
+    command = ["replay", run_dir, "--step", str(step), *(("--data", data) if data else ())]
+    with replay_group.joined(group, command, member), progress.ProgressReport() as show:
+        from openmoe.platform.train.restore import DamagedCheckpoint  # imports JAX, which must not be there before
+
+        try:
             found = replays.replay(
                 run, spec, step, data_dir=data, report=lambda done, of: show("replay", done, of, "steps")
             )
-    except DamagedCheckpoint as error:
-        raise RunDirError(f"{run_dir}: {error}; `openmoe checkpoint verify` says more") from error
+        except DamagedCheckpoint as error:
+            raise RunDirError(f"{run_dir}: {error}; `openmoe checkpoint verify` says more") from error
     if as_json:
-        print(json.dumps(found._asdict() | {"difference": found.difference and found.difference._asdict()}, indent=2))
+        told = {"compared": found.compared, "difference": found.difference and found.difference._asdict()}
+        print(json.dumps(found._asdict() | told, indent=2))
     else:
         print("\n".join(lines(found)))
     raise typer.Exit(1 if found.difference else 0)
@@ -63,7 +70,7 @@ def prepare(run: "RunDir") -> None:
 def lines(found: "Replayed") -> list[str]:
     """Returns the result in words."""
     began = f"from step {found.start}" if found.start else "from scratch"
-    told = [f"not the same as then, so losses are compared within 1e-3: {'; '.join(found.changed)}"]
+    told = [f"not the same as then, so {found.compared} are compared: {'; '.join(found.changed)}"]
     told = told if found.changed else []
     if found.difference:
         return [*told, f"DIFFERENT: replayed {began}, {found.difference}"]

@@ -19,9 +19,9 @@ from openmoe.platform.run.lineage import Acceptance
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file.spec import RunSpec
 
-TOLERANCE = 1e-3  # relative, of losses; between numbers of processes they agree to 1e-4 (tests/faults/test_resume.py)
+TOLERANCE = 1e-3  # relative, of losses; between numbers of processes they agree to 1e-4 (docs/resize.md)
 TOLERANT_METRICS = ("loss", "text_loss", "z_loss", "total_loss")
-_FINGERPRINT = ("jax", "jaxlib", "device", "processes", "devices")
+_FINGERPRINT = ("jax", "jaxlib", "device", "processes", "devices", "xla_flags")
 
 
 class Recorded(NamedTuple):
@@ -64,6 +64,11 @@ class Replayed(NamedTuple):
     metrics: list[str]
     acceptance: int | None
     difference: Difference | None
+
+    @property
+    def compared(self) -> str:
+        """What of each step: every bit, if it is carried out as it was then."""
+        return f"rows, and losses within {TOLERANCE:g}" if self.changed else "bits"
 
 
 def recorded_steps(run: RunDir) -> dict[int, Recorded]:

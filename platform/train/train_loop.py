@@ -217,4 +217,5 @@ def fingerprint() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "processes": jax.process_count(),
         "devices": jax.device_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }

@@ -1,5 +1,6 @@
 """Another number of processes, in the middle of a run: the same rows, and the same losses to 1e-4."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.train import replay
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -40,3 +42,18 @@ def test_1_then_2_then_4_processes_train_on_the_same_rows_with_the_same_losses_t
     ]
     first, second, third = (runs[1].step_of(claim.resumes) for claim in runs[1].claims())
     assert (first, 0 < second < third < 50) == (0, True)
+
+
+def test_a_step_of_two_processes_is_replayed_by_two_to_the_same_bits_and_by_one_within_the_tolerance(runs):
+    run = runs[1]
+    step = run.step_of(run.claims()[2].resumes)  # the last one of the second incarnation, which was saved
+    command = [sys.executable, "-m", "openmoe.platform", "replay", run.path, "--step", str(step), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | QUICKLY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    number = run.claims()[2].resumes
+    assert (found["compared"], found["changed"], found["acceptance"]) == ("bits", [], number)
+    here = replay.replay(run, run.spec(), step)
+    assert (here.compared, here.difference) == ("rows, and losses within 0.001", None)
+    assert here.changed[0] == "processes: 2 then, 1 here"
+    assert here.changed[1].startswith("xla_flags: ")

@@ -46,7 +46,7 @@ def test_an_honest_run_comes_out_the_same_to_the_last_bit(made):
     run, data = made
     exit_code, found = openmoe(run, data, "--step", "4")
     metrics = found.pop("metrics")
-    assert found == {"start": 2, "step": 4, "changed": [], "acceptance": 2, "difference": None}
+    assert found == {"start": 2, "step": 4, "compared": "bits", "changed": [], "acceptance": 2, "difference": None}
     assert exit_code == 0
     assert metrics[:2] == ["batch_checksum", "loss"]
     assert {"grad_norm", "expert_load", "learning_rate"} <= set(metrics)
