@@ -88,6 +88,19 @@ def test_the_same_bits_come_back_on_any_split_of_any_number_of_devices(made, axe
     assert facts["next_row"] == 16
 
 
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon"])
+def test_the_moments_of_every_optimizer_come_back_from_split_devices_on_any_others(name, tmp_path):
+    loaded = spec.load("quickstart", [*SETTINGS, f"optimizer={{name: {name}}}", f"run_dir={tmp_path}/run"])
+    template = step.state_shapes(loaded.model, loaded.optimizer, mesh_of(fsdp=2, expert=2, tensor=2))
+    numbers = np.random.default_rng(0)
+    state = jax.tree.map(lambda like: numbers.uniform(1, 9, like.shape).astype(like.dtype), template)
+    run = accept(loaded, jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), state, template))
+    for axes in ({"data": 1}, {"data": 2, "expert": 4}, {"fsdp": 4}):
+        found, _ = restored(run, loaded, mesh_of(**axes))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), state)
+        assert all(len(leaf.sharding.device_set) == np.prod(list(axes.values())) for leaf in jax.tree.leaves(found))
+
+
 def test_a_checkpoint_says_what_it_is_wherever_it_is(made):
     loaded, state, run = made
     _, facts = restored(run, loaded)
