@@ -4,8 +4,10 @@
 
 The quickstart's model, data and loop in one process with one device, without Ray. Blocks of the real loop
 (`train_loop.train`, which goes on from its last checkpoint) and of the bare step take turns, so what else the machine
-does meets both; ratios are those of neighbouring blocks, and their median counts. The last step of a block waits for
-its save, as one that does not run beside training would. Then, with Ray, `benchmarks/resume.py`.
+does meets both; ratios are those of neighbouring blocks, and their median counts. Half of the loop's block is without a
+save, which the loop is judged by; beside the other half one is written, maybe on the same cores: what that costs is the
+save's. The last step of a block waits for its save, as one that does not run beside training would. Then, with Ray,
+`benchmarks/resume.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     installed = importlib.util.find_spec("openmoe.platform")
@@ -98,61 +100,83 @@ class Bare:
         return (time.perf_counter() - start_s) / steps
 
 
-def train_block(settings: list[str], manifest_path: str, steps: int, last: int) -> tuple[float, float]:
-    """Trains on to step `last`; returns seconds a step and seconds of waiting a step, without the block's first."""
-    loaded = spec.load("quickstart", [*settings, f"train.steps={last}", f"train.checkpoint_every_steps={steps // 2}"])
+class Block(NamedTuple):
+    """What a block of the real loop took; its first step, which loads programs, is left out.
+
+    Attributes:
+      step_s: of a step without a save.
+      wait_s: of these, waiting for rows.
+      stall_s: a save held the loop up for so long.
+      shadow_s: and made the steps beside which it was written slower by so much together.
+      blocking_s: the save at the end, which is waited for.
+    """
+
+    step_s: float
+    wait_s: float
+    stall_s: float
+    shadow_s: float
+    blocking_s: float
+
+
+def train_block(settings: list[str], manifest_path: str, steps: int, last: int) -> Block:
+    """Trains on to step `last`, `steps` without a save and `steps` after one has begun."""
+    loaded = spec.load("quickstart", [*settings, f"train.steps={last}", f"train.checkpoint_every_steps={steps}"])
     run = RunDir(loaded.run_dir)
     run.create(loaded)
     claim = run.claim()
     train_loop.train(loaded, run, claim, manifest_path, lambda record: None)
-    records = [r for n, _, r in journal.read(run.at("metrics")) if n == claim.incarnation][1:]
-    saves = [e["stall_s"] for n, _, e in journal.read(run.at("journal")) if n == claim.incarnation and is_save(e)]
-    busy_s = sum(record["step_s"] for record in records) - sum(saves[:-1])  # the last one is after the last step
-    return busy_s / len(records), sum(record["data_wait_s"] for record in records) / len(records)
-
-
-def is_save(event: dict[str, Any]) -> bool:
-    return event["event"] == "save_started"
+    records = [r for n, _, r in journal.read(run.at("metrics")) if n == claim.incarnation]
+    events = [e for n, _, e in journal.read(run.at("journal")) if n == claim.incarnation]
+    alone, beside = records[1:steps], records[steps:]
+    step_s = statistics.fmean(record["step_s"] for record in alone)
+    stall_s = next(event["stall_s"] for event in events if event["event"] == "save_started")
+    return Block(
+        step_s=step_s,
+        wait_s=statistics.fmean(record["data_wait_s"] for record in alone),
+        stall_s=stall_s,
+        shadow_s=sum(record["step_s"] for record in beside) - stall_s - len(beside) * step_s,
+        blocking_s=[event["seconds"] for event in events if event["event"] == "accepted"][-1],
+    )
 
 
 def measure(folder: str, blocks: int, steps: int, overrides: list[str]) -> dict[str, Any]:
-    settings, manifest_path = build(folder, (blocks + 1) * steps, overrides)
+    settings, manifest_path = build(folder, (blocks + 1) * 2 * steps, overrides)
     loaded = spec.load("quickstart", [*settings, f"train.steps={steps}", "train.checkpoint_every_steps=1"])
     bare = Bare(loaded, manifest_path)
-    overheads, waits, shown = [], [], []
+    bares, found = [], []
     for block in range(blocks + 1):
-        bare_s = bare.block(steps)
-        loop_s, wait_s = train_block(settings, manifest_path, steps, (block + 1) * steps)
-        if block:  # the first turn warms up
-            overheads.append(loop_s / bare_s - 1)
-            waits.append(wait_s / loop_s)
-            shown.append([bare_s, loop_s])
-        print(f"block {block} of {blocks}: bare {bare_s:.4f} s, loop {loop_s:.4f} s", file=sys.stderr, flush=True)
-    events = RunDir(f"{folder}/run").events()
-    stalls = [event["stall_s"] for event in events if is_save(event)][2:]
-    blocking = [event["seconds"] for event in events if event["event"] == "accepted" and event["step"] % steps == 0][1:]
-    stall_s = statistics.median(stalls)
-    cadence_s = math.sqrt(2 * stall_s * PREEMPTED_EVERY_S)  # Young's: what a save costs against what a death undoes
+        bares.append(bare.block(steps))
+        found.append(train_block(settings, manifest_path, steps, (block + 1) * 2 * steps))
+        print(f"block {block} of {blocks}: bare {bares[-1]:.4f} s, loop {found[-1]}", file=sys.stderr, flush=True)
+    bares.append(bare.block(steps))
+    # The first turn warms up. A block of the loop lies between two of the bare step.
+    overheads = [2 * b.step_s / (bares[n] + bares[n + 1]) - 1 for n, b in enumerate(found) if n]
+    stall_s = statistics.median(block.stall_s for block in found[1:])
+    shadow_s = max(0.0, statistics.median(block.shadow_s for block in found[1:]))
+    cadence_s = math.sqrt(2 * (stall_s + shadow_s) * PREEMPTED_EVERY_S)  # Young's: a save against what a death undoes
     return {
-        "blocks_s": shown,
+        "blocks": [[bare_s, *block] for bare_s, block in zip(bares[1:], found[1:], strict=False)],
+        "step_s": statistics.median(bares[1:]),
         "loop overhead": statistics.median(overheads),
         "loop overhead of each block": overheads,
-        "data wait": statistics.median(waits),
+        "data wait": statistics.median(block.wait_s / block.step_s for block in found[1:]),
         "save stall_s": stall_s,
-        "save blocking_s": statistics.median(blocking),
+        "save shadow_s": shadow_s,
+        "save blocking_s": statistics.median(block.blocking_s for block in found[1:]),
         "cadence_s": cadence_s,
-        "checkpoint stall": stall_s / cadence_s,
+        "checkpoint stall": (stall_s + shadow_s) / cadence_s,
     }
 
 
 def show(found: dict[str, Any]) -> None:
     spread = ", ".join(f"{share:+.1%}" for share in found["loop overhead of each block"])
-    print(f"{'loop overhead':<18}{found['loop overhead']:8.2%}  over the bare jitted step; of each block: {spread}")
+    bare_s = found["step_s"]
+    print(f"{'loop overhead':<18}{found['loop overhead']:8.2%}  over the bare jitted step of {bare_s:.3f} s, no save")
+    print(f"{'':<28}of each block: {spread}")
     print(f"{'data wait':<18}{found['data wait']:8.2%}  of the time of steps")
     stall_s, blocking_s = found["save stall_s"], found["save blocking_s"]
-    print(
-        f"{'save':<18}{stall_s:8.3f} s of stall; {blocking_s:.3f} s if it were waited for: {blocking_s / stall_s:.1f}x"
-    )
+    print(f"{'save':<18}{stall_s:8.3f} s of stall, and steps beside it took {found['save shadow_s']:.3f} s more;")
+    print(f"{'':<28}{blocking_s:.3f} s if it were waited for: {blocking_s / (stall_s + found['save shadow_s']):.1f}x")
     print(
         f"{'checkpoint stall':<18}{found['checkpoint stall']:8.2%}  with a save every {found['cadence_s']:.0f} s, the"
     )
@@ -164,7 +188,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=16, help="of a block")
+    parser.add_argument("--steps", type=int, default=16, help="of half a block")
     parser.add_argument("--no-resume", action="store_true", help="leave out what needs Ray")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="that win over the quickstart's")
