@@ -32,7 +32,7 @@ test-tpu: .venv-tpu/.ready
 
 # What transformers makes of our exports and W&B of our curves (2 minutes). PyTorch comes by pip: maybe a build for CPUs.
 test-interop: .venv-interop/.ready
-	.venv-interop/bin/python -m pytest tests/interop tests/platform/test_wandb_curves.py $(ARGS)
+	.venv-interop/bin/python -m pytest tests/interop tests/platform/train/test_wandb_curves.py $(ARGS)
 
 .venv-interop/.ready: requirements-interop.lock $(READY)
 	rm -rf .venv-interop && $(BIN)/python -m venv --without-pip .venv-interop

@@ -13,7 +13,7 @@ import pytest
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import spec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BAD_RUNS = Path(__file__).parent / "bad_runs"
 HEAVY = ("jax", "ray", "pyarrow", "numpy", "orbax", "flax", "sentencepiece", "pydantic", "yaml", "rich")
 

@@ -15,7 +15,7 @@ from openmoe.platform.planner.plan_assumptions import Preemptions
 from openmoe.platform.run_file import spec
 from openmoe.platform.run_file.spec_errors import SpecError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ASSUMED = plan_assumptions.load()
 QUIET = Preemptions(hours_between=1e9, restart_s=0.0, wait_s=0.0, save_s=0.0)
 

@@ -11,7 +11,7 @@ import pytest
 
 from openmoe.platform.jobs import wheel
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 UV = Path(sys.executable).parent / "uv"
 
 
