@@ -27,8 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from openmoe.model import sharding
 from openmoe.model.gather import gather_rows
 from openmoe.model.layers import GatedWeights, Multiply
+from openmoe.model.products import kernel_gradient
 from openmoe.model.routing import choices_per_expert
 
 BLOCK_ROWS = 256  # of one product: enough that a CPU runs at full speed, and a GPU at more than half of it
@@ -63,7 +65,9 @@ def dropless_answers(
     Returns:
       [n, K, d], in the type of tokens.
     """
-    tokens, *_ = _varying_alike(tokens, *experts)  # sums its gradient over slices of experts here, where rows are few
+    tokens, *_ = sharding.varying_alike(
+        tokens, *experts
+    )  # sums its gradient over slices of experts here, where rows are few
     top_k = expert_index.shape[1]
     expert_index = jnp.where(asks, expert_index, num_experts)
     counts = choices_per_expert(expert_index, num_experts)  # int32[E]
@@ -176,7 +180,7 @@ send_back.defvjp(
 
 
 def _multiply(group_sizes: Array) -> Multiply:
-    return lambda rows, kernels: grouped_product(*_varying_alike(rows, kernels, group_sizes))
+    return lambda rows, kernels: grouped_product(*sharding.varying_alike(rows, kernels, group_sizes))
 
 
 @jax.custom_vjp
@@ -262,7 +266,7 @@ def _kernel_gradient_by_blocks(rows: Array, cotangent: Array, group_sizes: Array
             right = block.of(cotangent)
             if block.mine is not None:
                 right = jnp.where(block.mine, right, 0)
-            return total + jnp.matmul(block.of(rows).T, right, preferred_element_type=jnp.float32)
+            return total + kernel_gradient(block.of(rows), right, jnp.float32)
 
         zero = _zeros((rows.shape[1], cotangent.shape[1]), rows).astype(jnp.float32)
         return None, _for_each_block(of_block, zero, *expert, rows.shape[0])
@@ -303,13 +307,4 @@ def _for_each_block(step: Callable[[Any, Block], Any], carry: Any, start: Array,
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Returns zeros in the type of an array, which differ from device to device where it does."""
-    return _varying_alike(jnp.zeros(shape, like.dtype), like)[0]
-
-
-def _varying_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Returns arrays of which each may differ along all axes of the mesh along which any of them does."""
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    axes = frozenset().union(*varying)
-    return tuple(
-        jax.lax.pcast(array, tuple(axes - its), to="varying") for array, its in zip(arrays, varying, strict=True)
-    )
+    return sharding.varying_alike(jnp.zeros(shape, like.dtype), like)[0]

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from openmoe.model import attention, sharding
 from openmoe.model.config import PLAIN, ExecutionConfig, ModelConfig
 from openmoe.model.parameters import Initializer, Normal, Ones, TruncatedNormal, declare, fan_in_deviation
+from openmoe.model.products import product
 
 
 def rms_norm(x: Array, scale: Array, *, epsilon: float, dtype: str) -> Array:
@@ -35,38 +36,6 @@ def rms_norm(x: Array, scale: Array, *, epsilon: float, dtype: str) -> Array:
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(mean_square + epsilon)).astype(dtype) * scale.astype(dtype)
-
-
-@jax.custom_vjp
-def product(x: Array, kernel: Array) -> Array:
-    """Returns x @ kernel; its derivative is the usual one, and on a CPU quicker.
-
-    There, XLA's quick product contracts the last axis of its left side. For the kernel's gradient that is not the last
-    of x, and XLA folds a plain transpose back into the product; one behind a barrier it carries out.
-
-    Args:
-      x: [n, d].
-      kernel: [d, m], of the same type.
-    """
-    return x @ kernel
-
-
-def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, kernel = operands
-    of_kernel = jax.lax.platform_dependent(
-        x,
-        cotangent,
-        cpu=lambda x, cotangent: jax.lax.optimization_barrier(x.T) @ cotangent,
-        default=lambda x, cotangent: x.T @ cotangent,
-    )
-    return cotangent @ kernel.T, of_kernel
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 def project(x: Array, kernel: Array) -> Array:

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from openmoe.model import sharding
 from openmoe.model.counts import BLOCK_LOGITS, CPU_BLOCK_POSITIONS
+from openmoe.model.products import product
 from openmoe.model.sharding import BATCH_AXES
 
 
@@ -124,7 +125,7 @@ def num_blocks(num_positions: int, vocab_size: int, block_logits: int = BLOCK_LO
 def _loss_of_block(
     z_loss_weight: float, tensor: str | None, head: Array, hidden: Array, target_ids: Array, weights: Array
 ) -> tuple[Array, TokenLosses]:
-    per_token = token_losses(hidden @ head, target_ids, tensor)
+    per_token = token_losses(product(hidden, head), target_ids, tensor)
     return jnp.sum(weights * (per_token.cross_entropy + z_loss_weight * per_token.z)), per_token
 
 

@@ -30,6 +30,7 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.counts import Groups
 from openmoe.model.gather import gather_rows
 from openmoe.model.layers import GatedKernels, GatedWeights, gated_mlp
+from openmoe.model.products import product
 from openmoe.model.routing import Choices, RouterStatistics, RouterWeights, Routing
 from openmoe.model.sharding import BATCH_AXES
 
@@ -133,11 +134,13 @@ def _within_capacity(
     """Answers those of the tokens [g, S, d] that get a place: float32[g, S, d]."""
     assign = functools.partial(routing.route, num_experts=config.num_experts, capacity=capacity)
     routed = jax.vmap(assign)(choices)
-    sent = jax.vmap(dispatch)(tokens, routed)  # [g, E, C, d]
-    received = jax.lax.all_to_all(sent, "expert", split_axis=1, concat_axis=0, tiled=True)  # [n*g, E/n, C, d]
-    answers = gated_mlp(received, experts, config.ffn)
-    returned = jax.lax.all_to_all(answers, "expert", split_axis=0, concat_axis=1, tiled=True)  # [g, E, C, d]
-    return routed, jax.vmap(combine)(returned, routed)
+    sent = jax.vmap(dispatch, out_axes=1)(tokens, routed)  # [E, g, C, d]
+    received = jax.lax.all_to_all(sent, "expert", split_axis=0, concat_axis=1, tiled=True)  # [E/n, n*g, C, d]
+    rows = received.reshape(received.shape[0], -1, config.d_model)
+    answers = gated_mlp(rows, experts, config.ffn, lambda *given: product(*sharding.varying_alike(*given)))
+    answers = answers.reshape(received.shape)
+    returned = jax.lax.all_to_all(answers, "expert", split_axis=1, concat_axis=0, tiled=True)  # [E, g, C, d]
+    return routed, jax.vmap(combine, in_axes=(1, 0))(returned, routed)
 
 
 def _without_drops(

@@ -104,3 +104,12 @@ def whole(param: Array, roles: Sequence[str], mesh: Mesh) -> Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the layout of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def varying_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Returns arrays, inside a `shard_map`, that may each differ along all axes along which any of them does."""
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(
+        jax.lax.pcast(array, tuple(axes - its), to="varying") for array, its in zip(arrays, varying, strict=True)
+    )
