@@ -202,8 +202,11 @@ def _in_group(
 def announced_end_s() -> float | None:
     """Returns the Unix time at which machines of this worker's group will be taken away; None while none is announced.
 
-    A barrier: it returns when all workers of the group have called it as often.
+    A barrier: it returns when all workers of the group have called it as often. Ray that this command started announces
+    nothing (ray_session.py), and is not asked.
     """
+    if os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0":
+        return None
     announced = ray.train.get_preemption_info()
     if announced is None:
         return None
