@@ -8,8 +8,6 @@ complete when its name appears. The metrics are the record, this is a view of th
 
 TensorBoard keeps every file of a folder open, and 1,000 are a usual limit. So a file is closed at each save, since
 what is accepted must be in one, and between saves only when it holds a good part of all steps so far.
-
-The bytes are written here: tensorboardX imports Google's storage client, a quarter of what a worker imports otherwise.
 """
 
 from __future__ import annotations
@@ -71,17 +69,17 @@ class EventFiles:
         self._folder = folder
         self._incarnation, self._row_tokens, self._flush_s = incarnation, row_tokens, flush_s
         self._sequence = 0
-        self._framed: list[bytes] = []
+        self._events: list[dict[str, Any]] = []  # fields of each
         self._steps = 0  # in the open file
         self._flushed_at_s = time.monotonic()
 
     def begin(self, step: int) -> None:
         """Ends all curves after `step`, from which the incarnation goes on."""
-        self._framed.append(_framed(_event(time.time(), step + 1, _SESSION_START)))
+        self._events.append({"wall_time": time.time(), "step": step + 1, "session_log": {"status": "START"}})
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a step's metric record; it is durable after the next flush."""
-        self._frame(record["time_s"], record["step"], scalars(record, row_tokens=self._row_tokens))
+        self._add(record["time_s"], record["step"], scalars(record, row_tokens=self._row_tokens))
         self._steps += 1
         is_late = time.monotonic() - self._flushed_at_s >= self._flush_s
         if is_late and self._steps >= LEAST_SHARE * record["step"]:
@@ -89,71 +87,30 @@ class EventFiles:
 
     def append_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds what was measured after a step, by tag."""
-        self._frame(time.time(), step, values)
+        self._add(time.time(), step, values)
 
-    def _frame(self, time_s: float, step: int, values: Mapping[str, float]) -> None:
-        shown = b"".join(
-            _sized(1, _sized(1, tag.encode()) + b"\x15" + struct.pack("<f", value)) for tag, value in values.items()
-        )
-        self._framed.append(_framed(_event(time_s, step, _sized(5, shown))))
+    def _add(self, time_s: float, step: int, values: Mapping[str, float]) -> None:
+        shown = [{"tag": tag, "simple_value": value} for tag, value in values.items()]
+        self._events.append({"wall_time": time_s, "step": step, "summary": {"value": shown}})
 
     def flush(self) -> None:
         """Closes the open file: what was appended is durable when this returns."""
         self._flushed_at_s = time.monotonic()
         if not self._steps:
             return
-        version = _framed(_event(time.time(), 0, _FILE_VERSION))
+        version = {"wall_time": time.time(), "file_version": "brain.Event:2"}
         path = storage.join(self._folder, f"events.out.tfevents.{self._incarnation:06d}-{self._sequence:06d}")
-        journal.create(path, b"".join([version, *self._framed]), incarnation=self._incarnation)
+        journal.create(path, b"".join(map(_framed, [version, *self._events])), incarnation=self._incarnation)
         self._sequence += 1
-        self._framed, self._steps = [], 0
+        self._events, self._steps = [], 0
 
 
-# Messages of TensorFlow's event.proto and summary.proto as protocol buffers lay them out: the number of a field and its
-# type in one byte, then its value, which for texts and messages is a length and so many bytes.
-
-
-def _varint(number: int) -> bytes:
-    """Returns a number in groups of seven bits, the lowest first."""
-    parts = bytearray()
-    while number >= 128:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
-
-
-def _sized(field: int, content: bytes) -> bytes:
-    return bytes([8 * field + 2]) + _varint(len(content)) + content
-
-
-def _event(time_s: float, step: int, what: bytes) -> bytes:
-    return b"\x09" + struct.pack("<d", time_s) + (b"\x10" + _varint(step) if step else b"") + what
-
-
-_SESSION_START = _sized(7, b"\x08\x01")
-_FILE_VERSION = _sized(3, b"brain.Event:2")
-
-
-def _framed(event: bytes) -> bytes:
+def _framed(fields: Mapping[str, Any]) -> bytes:
     """Returns an event as it stands in a file: length, its check, the event, its check."""
-    length = struct.pack("<Q", len(event))
-    return b"".join([length, _check(length), event, _check(event)])
+    # Imported at the first flush: it imports Google's storage client, and a restart waits for the imports of a worker.
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
 
-
-def _table() -> list[int]:
-    values = list(range(256))
-    for _ in range(8):
-        values = [(value >> 1) ^ (0x82F63B78 if value & 1 else 0) for value in values]
-    return values
-
-
-_CRC32C = _table()
-
-
-def _check(data: bytes) -> bytes:
-    """Returns the CRC-32C of some bytes, turned and shifted as TFRecord files have it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC32C[(crc ^ byte) & 255] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    data = event_pb2.Event(**fields).SerializeToString()  # ty: ignore[missing-attribute]
+    length = struct.pack("<Q", len(data))
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
