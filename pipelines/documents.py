@@ -10,13 +10,18 @@ from openmoe.pipelines import chat
 
 
 class Document(NamedTuple):
-    """A document's text, valid Unicode."""
+    """A document's text."""
 
     path: str
     offset: int  # byte of its line, in the uncompressed file; row of a Parquet file
-    text: str
+    utf8: bytes
     repaired: bool  # lone surrogates were replaced by U+FFFD
-    answer: str | None = None  # to the text, of a conversation
+    answer: bytes | None = None  # to the text, of a conversation
+
+    @property
+    def text(self) -> str:
+        """The text as Python has it."""
+        return self.utf8.decode()
 
 
 REASONS = (
@@ -59,7 +64,7 @@ def parse_chat(path: str, offset: int, raw: bytes) -> Iterator[Document | BadLin
             asked, answered = (_sanitize(path, offset, text, raw) for text in example)
             assert isinstance(asked, Document)  # neither is empty
             assert isinstance(answered, Document)
-            yield asked._replace(answer=answered.text, repaired=asked.repaired or answered.repaired)
+            yield asked._replace(answer=answered.utf8, repaired=asked.repaired or answered.repaired)
 
 
 def parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
@@ -77,17 +82,22 @@ def parse_line(path: str, offset: int, raw: bytes) -> Document | BadLine:
 def parse_text(path: str, row: int, raw: bytes) -> Document | BadLine:
     """Returns the document of a whole file, or of a row of one."""
     try:
-        return _sanitize(path, row, raw.decode("utf-8"), raw)
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         return BadLine(path, row, "not_utf8", raw)
+    return BadLine(path, row, "empty", raw) if _is_empty(text) else Document(path, row, raw, False)
 
 
 def _sanitize(path: str, offset: int, text: str, raw: bytes) -> Document | BadLine:
     """Returns the document; ASCII-escaped JSON carries lone surrogates, on which tokenizers fail."""
-    if not text or text.isspace():
+    if _is_empty(text):
         return BadLine(path, offset, "empty", raw)
     try:
-        text.encode("utf-8")
+        return Document(path, offset, text.encode(), False)
     except UnicodeEncodeError:
-        return Document(path, offset, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True)
-    return Document(path, offset, text, False)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Document(path, offset, whole.encode(), True)
+
+
+def _is_empty(text: str) -> bool:
+    return not text or text.isspace()

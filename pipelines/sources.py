@@ -299,7 +299,7 @@ def _parquet(path: str) -> Generator[pq.ParquetFile]:
     """Opens a Parquet file whose column `content` is text."""
     with storage.open_read(path) as raw:
         try:
-            file = pq.ParquetFile(raw)
+            file = pq.ParquetFile(raw, pre_buffer=False)  # one column of one row group is one read anyway
             names = file.schema_arrow.names
         except _DAMAGE as error:
             _only_damage(error)
@@ -318,7 +318,7 @@ def _rows(unit: Unit) -> Iterator[tuple[int, bytes | None]]:
         row = sum(file.metadata.row_group(group).num_rows for group in range(unit.start))
         for group in range(unit.start, unit.stop):
             try:
-                column = file.read_row_group(group, columns=[_COLUMN]).column(0)
+                column = file.read_row_group(group, columns=[_COLUMN], use_threads=False).column(0)
                 values = column.cast(pa.large_binary()).to_pylist()
             except _DAMAGE as error:
                 _only_damage(error)

@@ -40,7 +40,8 @@ class Tokenizer:
 
     def __init__(self, uri: str) -> None:
         proto = _model_bytes(uri)
-        self._processor = sentencepiece.SentencePieceProcessor()
+        # Threads of its own would be one for each CPU of the host, of which a work unit has one.
+        self._processor = sentencepiece.SentencePieceProcessor(num_threads=1)
         try:
             if not proto:
                 raise RuntimeError("the file is empty")

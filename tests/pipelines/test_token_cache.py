@@ -2,8 +2,11 @@ import base64
 import gzip
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -24,8 +27,9 @@ def test_a_unit_is_parquet_with_ids_source_file_offset_and_hash_of_each_document
     [receipt] = tokenized(tmp_path / "tokens", tmp_path / "a.jsonl")
     table = pq.read_table(tmp_path / "tokens" / f"{receipt['key']}.parquet")
     assert str(table.schema) == (
-        "source: string\nfile: string\noffset: uint64\nhash: fixed_size_binary[16]\n"
-        "tokens: list<element: uint32>\n  child 0, element: uint32"
+        "source: string not null\nfile: string not null\noffset: uint64 not null\n"
+        "hash: fixed_size_binary[16] not null\n"
+        "tokens: list<element: uint32 not null> not null\n  child 0, element: uint32 not null"
     )
     texts = ["one two", "three \ufffd four"]
     hashes = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
@@ -35,6 +39,18 @@ def test_a_unit_is_parquet_with_ids_source_file_offset_and_hash_of_each_document
     assert table.column("file").to_pylist() == [str(tmp_path / "a.jsonl")] * 2
     assert table.column("tokens").to_pylist() == [ids.tolist() for ids in TEXT.encode(texts)]
     assert (receipt["documents"], receipt["repaired"], receipt["bad"]) == (2, 1, {"bad_json": 1})
+
+
+def test_the_file_of_an_earlier_version_is_read_as_it_was(tmp_path):
+    ids = pa.ListArray.from_arrays(pa.array([0, 2, 5], pa.int32()), pa.array([7, 8, 9, 256_299, 9], pa.uint32()))
+    table = pa.table({"hash": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)), "tokens": ids})
+    pq.write_table(table, tmp_path / "old.parquet", compression="zstd", use_dictionary=False)
+    sha256 = hashlib.sha256((tmp_path / "old.parquet").read_bytes()).hexdigest()
+    read = token_cache.read(str(tmp_path), "old", sha256=sha256)
+    assert (read.tokens.tolist(), read.lengths.tolist()) == ([7, 8, 9, 256_299, 9], [2, 3])
+    documents = token_cache.documents(str(tmp_path), "old", sha256=sha256)
+    assert (documents.hashes.tobytes(), documents.lengths.tolist()) == (b"a" * 16 + b"b" * 16, [2, 3])
+    assert [lengths.tolist() for lengths in token_cache.lengths(str(tmp_path / "old.parquet"))] == [[2, 3]]
 
 
 def test_texts_of_one_unit_keep_their_files(tmp_path):
@@ -96,6 +112,34 @@ def test_a_compressed_file_becomes_parts_of_a_window_each_that_a_killed_worker_g
     assert kept.read_bytes().startswith(b"not written again")
     kept.write_bytes(files[kept.name])
     assert {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == files
+
+
+PEAKS = """
+import gzip, pathlib, resource, sys
+from dataclasses import replace
+from openmoe.pipelines import sources, token_cache, tokenizer
+from openmoe.pipelines.config import SourceConfig
+
+folder, text = pathlib.Path(sys.argv[1]), tokenizer.load("builtin:small_8192")
+for windows in (2, 12):
+    line = b'{"text": "' + b"0123456789" * 5_000 + b'"}\\n'
+    with gzip.open(folder / f"{windows}.jsonl.gz", "wb", 1) as file:
+        for _ in range(20 * windows):
+            file.write(line)
+    config = SourceConfig(name="s", format="redpajama", paths=(f"{folder}/{windows}.jsonl.gz",), weight=1.0)
+    [unit] = sources.inventory(config, 2**20)
+    unit = replace(unit, window_bytes=2**20)
+    print(len(token_cache.parts(token_cache.tokenize(unit, text, f"{folder}/tokens"))))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_compressed_file_of_many_windows_takes_the_memory_of_one(tmp_path):
+    said = subprocess.run([sys.executable, "-c", PEAKS, str(tmp_path)], capture_output=True, text=True, check=True)
+    few, peak, many, peak_of_many = map(int, said.stdout.split())
+    assert (few, many) == (2, 12)
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert (peak_of_many - peak) * unit < 16 * 2**20  # the ids of all windows are 48 MB
 
 
 def test_two_builds_of_a_unit_write_the_same_bytes(tmp_path):

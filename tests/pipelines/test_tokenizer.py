@@ -1,14 +1,25 @@
+import json
 import shutil
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from openmoe.pipelines.config import DataError
+from openmoe.pipelines import objectives, sources, token_cache
+from openmoe.pipelines.config import DataError, SourceConfig
 from openmoe.pipelines.storage import StorageError
 from openmoe.pipelines.tokenizer import Tokenizer
 
 SMALL = "builtin:small_8192"
+UMT5 = Path(__file__).resolve().parents[3] / "shared/tokenizers/umt5_256000.model"
+
+
+@pytest.fixture(scope="module")
+def umt5():
+    if not UMT5.exists():
+        pytest.skip(f"{UMT5} is not there")
+    return Tokenizer(str(UMT5))
 
 
 def test_code_and_spaces_survive_a_round_trip():
@@ -61,3 +72,31 @@ def test_an_unknown_or_missing_tokenizer_is_named():
         Tokenizer("builtin:huge")
     with pytest.raises(StorageError, match=r"/nowhere/spiece.model: cannot be read: no such file"):
         Tokenizer("/nowhere/spiece.model")
+
+
+def test_the_real_umt5_has_the_ids_that_the_original_was_trained_with(umt5):
+    vocabulary = umt5.vocabulary(300)
+    assert (vocabulary.text_vocab_size, vocabulary.first_sentinel, vocabulary.eos_id) == (256_000, 256_299, 1)
+    assert vocabulary.prompts == {
+        "NLU": (492, 692, 13128, 423, 273),
+        "NLG": (492, 18783, 686, 423, 273),
+        "S2S": (492, 436, 278, 436, 423, 273),
+    }
+    assert [ids.tolist() for ids in umt5.encode(["[code]\n", "\t"])] == [[273, 11, 27], [273, 26]]
+    assert umt5.decode([256_299, 256_298, 256_000], 300) == "<extra_id_0><extra_id_1><extra_id_299>"
+
+
+def test_documents_in_the_real_umt5_become_rows_with_sentinels_of_ours_alone(umt5, tmp_path):
+    code = "def f(x):\n\treturn  x  # <extra_id_0> </s>\n\n" * 200
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {code}"}) + "\n" for n in range(20)))
+    source = SourceConfig(name="s", format="redpajama", paths=(f"{tmp_path}/a.jsonl",), weight=1.0)
+    [unit] = sources.inventory(source, 2**20)
+    receipt = token_cache.tokenize(unit, umt5, str(tmp_path))
+    cached = token_cache.read(str(tmp_path), receipt["key"], sha256=receipt["sha256"])
+    assert cached.tokens.max() < 256_000
+    assert umt5.decode(cached.tokens[: cached.lengths[0]]) == f"0 {code}"
+    packed = list(objectives.packer("ul2", "budgeted")(*cached, 2048, umt5.vocabulary(300), "a key"))
+    slots = np.concatenate([row.tokens for row in packed])
+    sentinels = slots[slots >= 256_000]
+    assert (sentinels.max(), len(packed[0].tokens)) == (256_299, 2048)
+    assert np.count_nonzero(slots == umt5.eos_id) == 2 * sum(len(row.pieces.row) for row in packed)
