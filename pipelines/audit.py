@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from openmoe.pipelines import reference, selection, shards, storage, token_cache
+from openmoe.pipelines import passes, reference, selection, shards, storage, token_cache
 from openmoe.pipelines.manifest import Manifest, SourceManifest
 from openmoe.pipelines.tokenizer import Vocabulary
 
@@ -163,15 +163,17 @@ class _Stated:
         self.orphans += [storage.join(folder, name) for name in orphans(self._names(folder))]
 
     def add_stream(self, stream: int) -> None:
-        """Takes in the passes of a stream, and the shard of what was kept apart."""
+        """Takes in the passes of a stream, and the shards of what was kept apart."""
         units = self._manifest.source_of(stream).units
         folder = storage.join(self._manifest.data_dir, self._manifest.streams[stream].passes)
         for name in storage.list_folders(folder):
             if name.isdecimal():
                 self._add_pass(stream, int(name))
             elif name == "validation":
-                tokens = {i: u["split"][name]["tokens"] for i, u in enumerate(units) if selection.count(u, name)}
-                self._add_groups(stream, storage.join(folder, name), [{"units": list(tokens)}], [tokens])
+                groups = passes.validation_groups(self._manifest, stream)
+                wanted = [{"units": of_group} for of_group in groups]
+                tokens = [{unit: units[unit]["split"][name]["tokens"] for unit in of_group} for of_group in groups]
+                self._add_groups(stream, storage.join(folder, name), wanted, tokens)
 
     def _add_pass(self, stream: int, number: int) -> None:
         folder, groups = self._manifest.pass_folder(stream, number), self._manifest.groups(stream, number)

@@ -177,11 +177,12 @@ def pack(built: Passes, wanted: list[Group], report: Report, place: Workplace) -
 
 def pack_validation(manifest: Manifest, report: Report, place: Workplace) -> None:
     """Packs what was kept apart of each stream's source, where anything was and where it is not packed yet."""
-    wanted = [stream for stream in range(len(manifest.streams)) if passes.validation_units(manifest, stream)]
-    streams = [stream for stream in wanted if passes.packed_validation(manifest, stream) is None]
-    tasks = [{"manifest": manifest.path, "stream": stream} for stream in streams]
-    for done, _ in enumerate(_run(_validation_task, tasks, PACK_STUCK_S, place), len(wanted) - len(tasks) + 1):
-        report("hold out", done, len(wanted), "streams")
+    packed = [passes.packed_validation(manifest, stream) for stream in range(len(manifest.streams))]
+    missing = [(stream, group) for stream, of in enumerate(packed) for group, has in enumerate(of) if not has]
+    tasks = [{"manifest": manifest.path, "stream": stream, "group": group} for stream, group in missing]
+    total = sum(map(len, packed))
+    for done, _ in enumerate(_run(_validation_task, tasks, PACK_STUCK_S, place), total - len(tasks) + 1):
+        report("hold out", done, total, "groups")
 
 
 def _tokenize_task(row: dict[str, str]) -> dict[str, str]:
@@ -205,9 +206,9 @@ def _pack_task(row: dict[str, str]) -> dict[str, str]:
 
 
 def _validation_task(row: dict[str, str]) -> dict[str, str]:
-    """Ray task: what was kept apart for a stream to its receipt."""
+    """Ray task: a group of what was kept apart for a stream to its receipt."""
     task = json.loads(row["task"])
-    return _answer(row, lambda: passes.pack_validation(manifests.load(task["manifest"]), task["stream"]))
+    return _answer(row, lambda: passes.pack_validation(manifests.load(task["manifest"]), task["stream"], task["group"]))
 
 
 def _answer(row: dict[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, str]:

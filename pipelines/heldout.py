@@ -1,4 +1,4 @@
-"""Rows that are never trained on: the first ones of each stream's validation shard, always in the same order."""
+"""Rows that are never trained on: the first ones of each stream's validation shards, always in the same order."""
 
 from __future__ import annotations
 
@@ -39,16 +39,7 @@ def read(manifest_path: str, rows: int, *, cache_bytes: int = local_cache.DEFAUL
     records: list[bytes] = []
     stream_of: list[int] = []
     for stream in range(len(manifest.streams)):
-        receipt = passes.packed_validation(manifest, stream) or passes.pack_validation(manifest, stream)
-        shard = shards.Shard(
-            passes.validation_path(manifest, stream),
-            sha256=receipt["sha256"],
-            cache_dir=str(Path(tempfile.gettempdir()) / "openmoe-shards"),
-            cache_bytes=cache_bytes,
-        )
-        found = shard.read(list(range(min(rows, receipt["rows"]))))
-        shard.close()
-        if not found:
+        if not (found := _first(manifest, stream, rows, cache_bytes)):
             raise DataError(
                 f"{manifest_path}: what was kept apart of {manifest.stream_names[stream]} makes no row; "
                 "raise validation_share"
@@ -56,6 +47,25 @@ def read(manifest_path: str, rows: int, *, cache_bytes: int = local_cache.DEFAUL
         records += found
         stream_of += [stream] * len(found)
     return HeldOut(tuple(manifest.stream_names), np.asarray(stream_of, np.int64), tuple(records), manifest.seq_len)
+
+
+def _first(manifest: manifests.Manifest, stream: int, rows: int, cache_bytes: int) -> list[bytes]:
+    """Returns the first rows of a stream's groups, as many as there are."""
+    passes.check_validation(manifest, [stream])
+    found: list[bytes] = []
+    for group, packed in enumerate(passes.packed_validation(manifest, stream)):
+        if len(found) == rows:
+            break
+        receipt = packed or passes.pack_validation(manifest, stream, group)
+        shard = shards.Shard(
+            passes.validation_path(manifest, stream, group),
+            sha256=receipt["sha256"],
+            cache_dir=str(Path(tempfile.gettempdir()) / "openmoe-shards"),
+            cache_bytes=cache_bytes,
+        )
+        found += shard.read(list(range(min(rows - len(found), receipt["rows"]))))
+        shard.close()
+    return found
 
 
 def batch(held_out: HeldOut, first: int, num_rows: int) -> dict[str, np.ndarray]:

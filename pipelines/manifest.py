@@ -136,17 +136,29 @@ class Manifest:
 
     def groups(self, stream: int, number: int) -> list[list[int]]:
         """Returns the units (indices) of each group of a pass: the shuffled units, cut by tokens."""
+        return self._cut(stream, number, "train")
+
+    def validation_groups(self, stream: int) -> list[list[int]]:
+        """Returns the units (indices) of each group of what was kept apart of a stream's source; none if nothing was.
+
+        What fits into one group has its units in their order, as all had when there was one group alone.
+        """
+        groups = self._cut(stream, "validation", "validation")
+        return groups if len(groups) > 1 else [sorted(group) for group in groups if group]
+
+    def _cut(self, stream: int, order: int | str, part: str) -> list[list[int]]:
         units, name = self.source_of(stream).units, self.stream_key(stream)
         groups: list[list[int]] = [[]]
         held = 0
-        for unit in Permutation(len(units), "units", self.seed, name, number)(np.arange(len(units))).tolist():
-            if "split" in units[unit] and not selection.trained_tokens(units[unit]):
+        for unit in Permutation(len(units), "units", self.seed, name, order)(np.arange(len(units))).tolist():
+            tokens = selection.count_tokens(units[unit], part)
+            if not tokens and ("split" in units[unit] or part != "train"):
                 continue
             if held >= self.group_tokens:
                 groups.append([])
                 held = 0
             groups[-1].append(unit)
-            held += selection.trained_tokens(units[unit])
+            held += tokens
         return groups
 
 

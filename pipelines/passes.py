@@ -290,48 +290,55 @@ def render_group(manifest: Manifest, stream: int, number: int, group: int) -> sh
     return _render(manifest, stream, units, manifest.seed, manifest.stream_key(stream), number, group)
 
 
-def pack_validation(manifest: Manifest, stream: int) -> dict[str, Any]:
-    """Packs what was kept apart of a stream's source as a pass is packed, into one shard, and returns its receipt.
+def pack_validation(manifest: Manifest, stream: int, group: int = 0) -> dict[str, Any]:
+    """Packs a group of what was kept apart of a stream's source as one of a pass is packed, and returns its receipt.
 
-    It lies beside the passes and is none of them: no global row reads it. Its receipt is written last.
+    It lies beside the passes and is in none of them: no global row reads it. Its receipt is written last.
     """
     check_validation(manifest, [stream])
-    units = validation_units(manifest, stream)
-    key = (manifest.seed, manifest.stream_key(stream), "validation")
-    content, facts, _ = _render(manifest, stream, units, *key, part=selection.VALIDATION)
-    storage.write_durable(validation_path(manifest, stream), content)
-    receipt = {"stream": stream, "units": units, **facts}
-    storage.create_if_absent(_validation_receipt(manifest, stream), json.dumps(receipt).encode())
+    groups = validation_groups(manifest, stream)
+    key = (manifest.seed, manifest.stream_key(stream), "validation", *([group] if len(groups) > 1 else []))
+    content, facts, _ = _render(manifest, stream, groups[group], *key, part=selection.VALIDATION)
+    storage.write_durable(validation_path(manifest, stream, group), content)
+    receipt = {"stream": stream, "units": groups[group], **facts}
+    storage.create_if_absent(_receipt_of(_validation_folder(manifest, stream), group), json.dumps(receipt).encode())
     return receipt
 
 
-def validation_path(manifest: Manifest, stream: int) -> str:
-    """Returns where the shard of what was kept apart lies, once it is packed."""
-    return storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation", "00000.array_record")
+def validation_groups(manifest: Manifest, stream: int) -> list[list[int]]:
+    """Returns the units of each group of what was kept apart: one group where it was packed as one before."""
+    groups = manifest.validation_groups(stream)
+    if len(groups) > 1 and (first := _packed_validation(manifest, stream, 0)):
+        everything = sorted(unit for group in groups for unit in group)
+        return [everything] if first["units"] == everything else groups
+    return groups
 
 
-def packed_validation(manifest: Manifest, stream: int) -> dict[str, Any] | None:
-    """Returns the receipt of what was kept apart of a stream's source, or None while it is not packed."""
-    content = storage.read_if_present(_validation_receipt(manifest, stream))
+def packed_validation(manifest: Manifest, stream: int) -> list[dict[str, Any] | None]:
+    """Returns the receipt of each group of what was kept apart of a stream's source, None of one that is not packed."""
+    return [_packed_validation(manifest, stream, group) for group in range(len(validation_groups(manifest, stream)))]
+
+
+def _packed_validation(manifest: Manifest, stream: int, group: int) -> dict[str, Any] | None:
+    content = storage.read_if_present(_receipt_of(_validation_folder(manifest, stream), group))
     return json.loads(content) if content else None
 
 
-def validation_units(manifest: Manifest, stream: int) -> list[int]:
-    """Returns the units of a stream's source of which a document was kept apart."""
-    units = manifest.source_of(stream).units
-    return [index for index, unit in enumerate(units) if selection.count(unit, "validation")]
+def validation_path(manifest: Manifest, stream: int, group: int = 0) -> str:
+    """Returns where the shard of a group of what was kept apart lies, once it is packed."""
+    return storage.join(_validation_folder(manifest, stream), f"{group:05d}.array_record")
+
+
+def _validation_folder(manifest: Manifest, stream: int) -> str:
+    return storage.join(manifest.data_dir, manifest.streams[stream].passes, "validation")
 
 
 def check_validation(manifest: Manifest, streams: Iterable[int]) -> None:
     """Raises DataError if nothing was kept apart of the source of one of the streams."""
     for stream in streams:
-        if not validation_units(manifest, stream):
+        if not manifest.validation_groups(stream):
             name = manifest.source_of(stream).name
             raise DataError(f"sources.{name}: no document is for validation; raise validation_share")
-
-
-def _validation_receipt(manifest: Manifest, stream: int) -> str:
-    return validation_path(manifest, stream).removesuffix(".array_record") + ".json"
 
 
 def _render(

@@ -134,9 +134,16 @@ def count(receipt: dict[str, Any], part: str) -> int:
     return receipt["documents"] if part == "train" else 0
 
 
+def count_tokens(receipt: dict[str, Any], part: str) -> int:
+    """Returns how many tokens of a unit belong to a part."""
+    if "split" in receipt:
+        return receipt["split"][part]["tokens"]
+    return receipt["tokens"] if part == "train" else 0
+
+
 def trained_tokens(receipt: dict[str, Any]) -> int:
     """Returns the tokens of a unit that are trained on."""
-    return receipt["split"]["train"]["tokens"] if "split" in receipt else receipt["tokens"]
+    return count_tokens(receipt, "train")
 
 
 def _documents(plan: Plan, slab: int) -> list[token_cache.Documents]:

@@ -139,7 +139,7 @@ def _stream(name: str, source: SourceManifest, passes: Passes, index: int, *, sh
         bad=sum(sum(unit["bad"].values()) for unit in source.units),
         duplicates=sum(selection.count(unit, "duplicate") for unit in source.units),
         validation=sum(selection.count(unit, "validation") for unit in source.units),
-        validation_rows=(packed_validation(passes.manifest, index) or {"rows": 0})["rows"],
+        validation_rows=sum(group["rows"] for group in packed_validation(passes.manifest, index) if group),
         tokens=sum(selection.trained_tokens(unit) for unit in source.units),
         passes=len(passes.groups[index]),
         rows=rows,

@@ -288,9 +288,9 @@ def test_duplicates_and_validation_are_taken_out_over_the_same_token_cache(ray_l
     told = []
     for _ in range(2):
         builder.pack_validation(same, lambda *progress: told.append(progress), builder.Workplace(num_workers=1))
-    kept_apart = [stream for stream in range(len(same.streams)) if passes.validation_units(same, stream)]
-    assert told[-1] == ("hold out", len(kept_apart), len(kept_apart), "streams")
-    assert all(passes.packed_validation(same, stream) for stream in kept_apart)
+    kept_apart = [passes.packed_validation(same, stream) for stream in range(len(same.streams))]
+    assert told[-1] == ("hold out", sum(map(len, kept_apart)), sum(map(len, kept_apart)), "groups")
+    assert all(group for groups in kept_apart for group in groups)
     twice = replace(again, paths=again.paths[:1])
     with pytest.raises(DataError, match=r"sources\.again: of its documents \d+ were there before, and 0 are for valid"):
         builder.build(replace(base, sources=(*base.sources, twice)), str(copied), min_rows=20)

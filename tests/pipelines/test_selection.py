@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openmoe.pipelines import heldout, passes, selection, shards, sources, storage, token_cache, tokenizer
 from openmoe.pipelines import manifest as manifests
-from openmoe.pipelines import passes, selection, shards, sources, storage, token_cache, tokenizer
 from openmoe.pipelines.config import DataConfig, DataError, SourceConfig
 
 TEXT = tokenizer.load("builtin:small_8192")
@@ -145,6 +145,35 @@ def test_what_is_left_out_is_in_no_row_and_all_else_is_in_a_pass_once(tmp_path):
             held[where] = held.get(where, 0) + int(segment["length"])
         assert held == apart
     assert {part for of_source in parts.values() for part in of_source} == {TRAIN, VALIDATION, DUPLICATE}
+
+
+def test_what_is_kept_apart_is_packed_in_groups_and_stays_one_where_it_was_packed_as_one(tmp_path):
+    lines = [f"document number {n}, of which there are some" for n in range(300)]
+    config = replace(written(tmp_path, {"a": lines}), unit_bytes=1000)
+    receipts = selected(tmp_path, tokenized(config, tmp_path), validation_share=0.2)
+    manifest = manifests.assemble(str(tmp_path / "manifests" / "m.json"), config, TEXT, receipts)
+    manifests.commit(manifest)
+    groups = manifest.validation_groups(0)
+    assert len(groups) == 4
+    kept = {unit for unit, receipt in enumerate(receipts["a"]) if selection.count(receipt, "validation")}
+    assert sorted(unit for group in groups for unit in group) == sorted(kept)
+    assert passes.packed_validation(manifest, 0) == [None] * 4
+    first = heldout.read(manifest.path, 1)  # packs what it needs
+    packed = passes.packed_validation(manifest, 0)
+    assert [each and each["units"] for each in packed] == [groups[0], None, None, None]
+    rows = [passes.pack_validation(manifest, 0, group)["rows"] for group in range(4)]
+    everything = heldout.read(manifest.path, 1000)
+    assert (len(everything.records), everything.records[0]) == (sum(rows), first.records[0])
+    held = {(int(s["unit"]), int(s["document"])) for r in everything.records for s in shards.decode(r)[1]}
+    assert len(held) == sum(selection.count(receipt, "validation") for receipt in receipts["a"])
+
+    before = replace(manifest, path=str(tmp_path / "old" / "manifests" / "m.json"))
+    for folder in ("tokens", "selections"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / folder).symlink_to(tmp_path / folder)
+    as_one = passes.pack_validation(replace(before, group_tokens=2**24), 0)
+    assert as_one["units"] == sorted(kept)
+    assert passes.packed_validation(before, 0) == [as_one]
 
 
 def test_a_selection_changes_the_data_and_none_leaves_it_as_it_was(tmp_path):
