@@ -28,6 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 try:
     installed = importlib.util.find_spec("openmoe.pipelines")
@@ -46,6 +48,7 @@ from openmoe.pipelines.loader import Loader
 
 PACKERS = (("ul2", "budgeted"), ("ul2", "reference"), ("next_token", "budgeted"), ("prefix_lm", "budgeted"))
 BATCH_ROWS = 64
+COPIES = 4  # of the text that is tokenized
 MIN_CPU_S = 0.3  # a work is done again until it took so long
 
 
@@ -82,14 +85,22 @@ def cpu_s() -> float:
 
 def measured(part: str, unit: str, works: dict[str, Callable[[], int]], repeats: int) -> list[Rate]:
     """Lets works take turns; each does the same every time and returns how many units that was. No repeats: once."""
+    return measured_by_piece(part, unit, {name: [work] for name, work in works.items()}, repeats)
+
+
+def measured_by_piece(part: str, unit: str, works: dict[str, list[Callable[[], int]]], repeats: int) -> list[Rate]:
+    """The same for works of as many pieces each: they take turns after each piece, and meet the same neighbours."""
     rates: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
-        for name, work in works.items():
-            start_s, units = cpu_s(), 0
-            while not units or (repeats and cpu_s() - start_s < MIN_CPU_S):
-                units += work()
-            if turn or not repeats:  # the first turn warms up
-                rates[name].append(units / (cpu_s() - start_s))
+        units, spent_s = dict.fromkeys(works, 0), dict.fromkeys(works, 0.0)
+        while not any(units.values()) or (repeats and min(spent_s.values()) < MIN_CPU_S):
+            for pieces in zip(*works.values(), strict=True):
+                for name, work in zip(works, pieces, strict=True):
+                    start_s = cpu_s()
+                    units[name] += work()
+                    spent_s[name] += cpu_s() - start_s
+        for name in works if turn or not repeats else ():  # the first turn warms up
+            rates[name].append(units[name] / spent_s[name])
         print(f"{part}: {turn} of {repeats}", file=sys.stderr, flush=True)
     return [rate_of(part, name, unit, found) for name, found in rates.items()]
 
@@ -132,22 +143,49 @@ def write_corpus(folder: str, tokenizer_uri: str, text_bytes: int) -> Corpus:
 def tokenizing(corpus: Corpus, repeats: int) -> list[Rate]:
     """Tokens of text: the bare model, our work units from files to a token cache, and peers."""
     text = tokenizer.load(corpus.config.tokenizer)
-    units = [unit for source in corpus.config.sources for unit in sources.inventory(source, corpus.config.unit_bytes)]
+    raw, ours = zip(*(_raw_and_ours(unit, text) for unit in _steady_units(corpus)), strict=True)
+    works = {"SentencePiece, nothing else": list(raw), "ours, files to token cache": list(ours)}
+    rates = measured_by_piece("tokenizing", "tokens", works, 2 * repeats)  # it is about a few hundredths
+    of_peers: dict[str, Callable[[], int]] = {}
+    if all(map(is_installed, ("datasets", "tokenizers"))):
+        of_peers["HF datasets, map of HF tokenizers"] = peers().hf_datasets(corpus.texts, text)
+    if all(map(is_installed, ("datatrove", "tokenizers", "orjson"))):
+        of_peers["datatrove, DocumentTokenizer"] = peers().datatrove(corpus.texts, text)
+    own = beside(rates, rates[0], "of SentencePiece")
+    if not of_peers:
+        return own
+    bare = {"": lambda: sum(len(ids) for ids in text.encode(corpus.texts))}
+    found = measured("tokenizing", "tokens", bare | of_peers, repeats)
+    return [*own, *beside(found, found[0], "of SentencePiece")[1:]]
+
+
+def _raw_and_ours(unit: sources.Unit, text: tokenizer.Tokenizer) -> tuple[Callable[[], int], Callable[[], int]]:
+    """Returns two works over the documents of a unit: their tokens, and the way from the file to the token cache."""
+    texts = [record.text for record in sources.read(unit) if isinstance(record, sources.Document)]
 
     def raw() -> int:
-        return sum(len(ids) for ids in text.encode(corpus.texts))
+        return sum(len(ids) for ids in text.encode(texts))
 
     def ours() -> int:
         with tempfile.TemporaryDirectory() as folder:
-            return sum(token_cache.tokenize(unit, text, folder)["tokens"] for unit in units)
+            return token_cache.tokenize(unit, text, folder)["tokens"]
 
-    works = {"SentencePiece, nothing else": raw, "ours, files to token cache": ours}
-    if all(map(is_installed, ("datasets", "tokenizers"))):
-        works["HF datasets, map of HF tokenizers"] = peers().hf_datasets(corpus.texts, text)
-    if all(map(is_installed, ("datatrove", "tokenizers", "orjson"))):
-        works["datatrove, DocumentTokenizer"] = peers().datatrove(corpus.texts, text)
-    rates = measured("tokenizing", "tokens", works, repeats)
-    return beside(rates, rates[0], "of SentencePiece")
+    return raw, ours
+
+
+def _steady_units(corpus: Corpus) -> list[sources.Unit]:
+    """Returns units of files with the corpus several times, nearer to the size of a build's: each costs something."""
+    for path in Path(corpus.folder, "corpus").rglob("*.*"):
+        copies = Path(corpus.folder, "steady", path.relative_to(Path(corpus.folder, "corpus")))
+        copies.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.concat_tables([pq.read_table(path)] * COPIES), copies, row_group_size=64)
+        else:
+            copies.write_bytes(path.read_bytes() * COPIES)
+    steady = [
+        replace(source, paths=(source.paths[0].replace("/corpus/", "/steady/"),)) for source in corpus.config.sources
+    ]
+    return [unit for source in steady for unit in sources.inventory(source, corpus.config.unit_bytes)]
 
 
 def packing(corpus: Corpus, tokenized: list[Rate], repeats: int) -> list[Rate]:
