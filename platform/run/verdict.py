@@ -13,6 +13,7 @@ from typing import Literal
 
 Cause = Literal[
     "preemption",
+    "lost_slice",
     "host_fault",
     "hang",
     "out_of_memory",
@@ -150,7 +151,8 @@ def diagnose(evidence: Evidence) -> Verdict:
     """Names the cause of a stop from its evidence.
 
     A preemption explains the deaths of its own ranks and the lost peers of the others, never an exception
-    that a worker raised by itself.
+    that a worker raised by itself. So does a TPU slice that lost a host, which is no slice any more: the provider gives
+    and takes slices whole, and may have said nothing, so it is not counted among the faults of single machines.
     """
     said = tuple(_sentences(evidence))
     if evidence.operator_stop:
@@ -162,6 +164,8 @@ def diagnose(evidence: Evidence) -> Verdict:
             continue
         if cause in ("host_fault", "unknown") and (evidence.cluster_lost or _eviction_explains(evidence)):
             break
+        if cause in ("host_fault", "unknown") and kind != "no_storage" and (lost := _lost(evidence)):
+            return Verdict(cause="lost_slice", reason=lost, evidence=said)
         # What Ray says of a machine's death is no trace of the code: it may come twice without meaning anything.
         trace = "" if cause == "host_fault" else failures[0].text
         return Verdict(cause=cause, reason=_reason(kind, failures, evidence), trace=trace, evidence=said)
@@ -180,6 +184,19 @@ def _eviction_explains(evidence: Evidence) -> bool:
     evicted = evidence.evicted_ranks
     dead = {f.rank for f in evidence.failures if f.kind in ("process_died", "frozen")}
     return bool(evicted) and (dead <= evicted or 0 in evicted)
+
+
+def _lost(evidence: Evidence) -> str:
+    """Returns which TPU slices lost a host without notice, in words; "" if none did."""
+    hosts = [host for host in evidence.hosts if host.slice and not set(host.ranks) & evidence.evicted_ranks]
+    sentences = []
+    for name in sorted({host.slice for host in hosts if host.lost}):
+        of_slice = [host for host in hosts if host.slice == name]
+        gone = [host for host in of_slice if host.lost]
+        which = "all of it" if len(gone) == len(of_slice) > 1 else ", ".join(host.name for host in gone)
+        ranks = ", ".join(str(rank) for host in gone for rank in host.ranks) or "none"
+        sentences.append(f"{name} was lost without notice: {which} is gone (ranks {ranks})")
+    return "; ".join(sentences)
 
 
 def _eviction(evidence: Evidence) -> str:

@@ -255,6 +255,7 @@ class BudgetsConfig(Section):
     """Restarts each cause may cost before the run is given up; bad input is never retried."""
 
     preemption: int = Field(default=1000, ge=0, description="The provider took the machines back.")
+    lost_slice: int = Field(default=100, ge=0, description="A TPU slice lost a host, or all, without notice.")
     host_fault: int = Field(default=10, ge=0, description="A process, a machine or the storage failed by itself.")
     hang: int = Field(default=3, ge=0, description="A step that never ended.")
     out_of_memory: int = Field(default=1, ge=0, description="A worker ran out of memory.")

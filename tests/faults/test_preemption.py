@@ -178,8 +178,11 @@ class Story:
 @pytest.fixture(scope="module")
 def story(twin, run_file, tmp_path_factory):
     told = Story(twin, tmp_path_factory.mktemp("preemption"), run_file)
-    yield told
-    told.end()
+    try:
+        told.wait_until_it_trains(after=0)
+        yield told
+    finally:
+        told.end()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -195,7 +198,6 @@ def chapter(request, failed_before):
 
 
 def test_a_slice_taken_without_notice_is_a_preemption_named_from_the_provider_s_record(story):
-    story.wait_until_it_trains(after=0)
     taken = story.slice()
     story.openmoe("cluster", "preempt", story.twin.name, taken)
     verdict = story.verdict(1)
@@ -243,14 +245,15 @@ def test_of_10_s_of_notice_that_the_host_s_agent_hears_it_saves_if_that_fits(sto
     assert story.job()["spent"] == {}
 
 
-def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is_drained(story):
+def test_a_host_that_dies_by_itself_is_a_lost_slice_whose_rest_is_drained(story):
     before, broken = story.incarnation(), story.slice()
+    rank = story.hosts().index(f"{broken}-1")
     story.twin.kill_host(f"{broken}-1")
     verdict = story.verdict(before)
-    assert verdict["cause"] == "host_fault", verdict
-    assert f"{broken}-1" in verdict["reason"]
+    assert verdict["cause"] == "lost_slice", verdict
+    assert verdict["reason"] == f"{broken} was lost without notice: {broken}-1 is gone (ranks {rank})"
     assert "the provider's record says RUNNING" in str(verdict["evidence"])
-    assert verdict["decision"]["reason"].startswith("host_fault 1 of 10: ")  # three preemptions have spent none of it
+    assert verdict["decision"]["reason"].startswith("lost_slice 1 of 100: ")  # three preemptions have spent none of it
     # What still lives of the slice is drained, so that Ray does not reserve its head again.
     wait_for("the rest of the slice goes", lambda: not story.twin.processes(f"{broken}-0", "raylet/raylet"))
     assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != broken
@@ -258,14 +261,18 @@ def test_a_host_that_dies_by_itself_is_a_host_fault_and_the_rest_of_its_slice_is
     story.wait_until_it_trains(after=before)
 
 
-def test_a_worker_that_is_killed_is_a_host_fault_of_the_process_alone(story):
-    before = story.incarnation()
-    worker = story.random.choice(story.twin.processes(story.slice(), "RayTrainWorker"))
-    worker.send_signal(signal.SIGKILL)
-    verdict = story.verdict(before)
+def test_a_worker_that_is_stopped_ends_its_group_and_is_named_with_its_host(story):
+    before, host = story.incarnation(), f"{story.slice()}-{story.random.choice((0, 1))}"
+    rank = story.hosts().index(host)
+    [worker] = story.twin.processes(host, "RayTrainWorker")
+    worker.send_signal(signal.SIGSTOP)
+    stopped_s = time.time()
+    verdict = story.verdict(before)  # nobody lets it go on
     assert verdict["cause"] == "host_fault", verdict
-    assert verdict["reason"].startswith("the process of rank ")
-    assert "host" not in verdict["reason"].removeprefix("the process of rank ")
+    assert verdict["reason"].startswith(f"rank {rank} froze: process {worker.pid} on {host} is stopped, "), verdict
+    print(f"stopped {host}: the group ended after {verdict['time_s'] - stopped_s:.1f} s")
+    assert verdict["time_s"] - stopped_s < 45  # 30 s, on a machine that does nothing else
+    assert not worker.is_running()
     story.wait_until_it_trains(after=before)
 
 
@@ -303,10 +310,10 @@ def test_the_run_is_cancelled_and_ends_where_it_is_told_to_and_its_story_names_e
     story.openmoe("jobs", "cancel", story.job_id)
     wait_for("the job is cancelled", lambda: story.job()["state"] == "cancelled")
     told = story.openmoe("jobs", "story", story.job_id)
-    for word in ("preemption", "host_fault", "cluster_lost"):
+    for word in ("preemption", "lost_slice", "host_fault", "cluster_lost"):
         assert word in told.replace(" ", "_"), told
     causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
-    assert causes == ["preemption", "preemption", "preemption", "host_fault", "host_fault", "operator"]
+    assert causes == ["preemption", "preemption", "preemption", "lost_slice", "host_fault", "operator"]
 
     story.job_id = story.submit(f"train.steps={story.run.newest_accepted().step + 5}")
     wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded")

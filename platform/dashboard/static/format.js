@@ -67,11 +67,13 @@ export const ago = (seconds) => (now() - seconds < 2 ? "just now" : `${duration(
 
 const KINDS = {
   good: ["training", "finished", "running", "succeeded", "ready", "done"],
-  warn: ["starting", "restarting", "stopping", "silent", "preemption", "preempted", "unseen", "cluster_lost", "stopped", "operator"],
+  warn: ["starting", "restarting", "stopping", "silent", "preemption", "preempted", "lost_slice", "unseen", "cluster_lost", "stopped",
+    "operator"],
   bad: ["failed", "broken", "unreadable", "host_fault", "hang", "out_of_memory", "bad_numbers", "bad_code", "bad_input",
     "damaged_checkpoint", "superseded", "unknown"],
 };
-const WORDS = { unseen: "no verdict", unknown: "cause unknown", out_of_memory: "out of memory", cluster_lost: "cluster lost" };
+const WORDS = { unseen: "no verdict", unknown: "cause unknown", out_of_memory: "out of memory", cluster_lost: "cluster lost",
+  lost_slice: "slice lost" };
 
 export const mood = (word) => Object.keys(KINDS).find((kind) => KINDS[kind].includes(word)) ?? "";
 export const spoken = (word) => WORDS[word] ?? word.replaceAll("_", " ");

@@ -1,5 +1,7 @@
 """Every end of a worker group gets one cause, and each cause spends only its own budget."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 from openmoe.platform.run.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose, same_end
 
 BUDGETS = {
-    "preemption": 1000, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0, "bad_code": 0, "unknown": 1,
+    "preemption": 1000, "lost_slice": 9, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0,
+    "bad_code": 0, "unknown": 1,
 }  # fmt: skip
 
 
@@ -41,7 +44,15 @@ def host(worker, *ranks, alive=False, state="RUNNING", slice_name="slice-a"):
             "preemption",
         ),
         (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1, state="PREEMPTED"),)), "preemption"),
-        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1),)), "host_fault"),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1),)), "lost_slice"),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(0, 1, slice_name=""),)), "host_fault"),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1, alive=True),)), "host_fault"),
+        (Evidence(failures=(failure("process_died", 0), failure("lost_peer", 2)), hosts=(host(1, 3),)), "lost_slice"),
+        (Evidence(failures=(failure("start_timeout", -1),), hosts=(host(0, 0, 1),)), "lost_slice"),
+        (Evidence(failures=(failure("controller", -1),), hosts=(host(0, 0),)), "lost_slice"),
+        (Evidence(failures=(failure("no_storage", 0),), hosts=(host(1, 1),)), "host_fault"),
+        (Evidence(failures=(failure("raised", 0),), hosts=(host(1, 1),)), "bad_code"),
+        (Evidence(failures=(failure("process_died", 1),), hosts=(host(1, 1),), cluster_lost=True), "cluster_lost"),
         (Evidence(failures=(failure("start_timeout", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
         (Evidence(failures=(failure("controller", -1),), hosts=(host(0, 0, state="PREEMPTED"),)), "preemption"),
         (Evidence(failures=(failure("frozen", 1), failure("process_died", 0))), "host_fault"),
@@ -88,9 +99,10 @@ def test_a_verdict_of_preemption_names_the_slice_and_the_record_it_rests_on():
     )
 
 
-def test_a_verdict_of_a_host_fault_names_the_host_and_that_the_provider_kept_it_running():
-    verdict = diagnose(Evidence(failures=(failure("process_died", 1, "Killed"),), hosts=(host(1, 1),)))
-    assert verdict.reason == "the process of rank 1 died with its host slice-a-1"
+def test_a_verdict_of_a_lost_slice_names_its_hosts_and_that_the_provider_kept_them_running():
+    hosts = (host(0, 0, alive=True), host(1, 1))
+    verdict = diagnose(Evidence(failures=(failure("process_died", 1, "Killed"),), hosts=hosts))
+    assert verdict.reason == "slice-a was lost without notice: slice-a-1 is gone (ranks 1)"
     assert verdict.evidence == (
         "slice-a-1 (ranks 1) is gone, the provider's record says RUNNING",
         "rank 1: process died: Killed",
@@ -101,6 +113,26 @@ def test_of_a_frozen_worker_and_the_peers_that_gave_it_up_the_frozen_one_is_name
     gave_up, froze = failure("process_died", 0), failure("frozen", 1, "process 7 on slice-a-1 is stopped")
     verdict = diagnose(Evidence(failures=(gave_up, froze)))
     assert verdict.reason == "rank 1 froze: process 7 on slice-a-1 is stopped"
+
+
+def test_of_several_slices_each_lost_one_is_named_and_none_whose_end_was_announced():
+    taken, whole = host(0, 1, state="PREEMPTED"), host(0, 6, alive=True, slice_name="slice-d")
+    lost = [host(n, 2 * slices + n, slice_name=f"slice-{'abc'[slices]}") for slices in (1, 2) for n in (0, 1)]
+    hosts = (taken, lost[0], replace(lost[1], alive=True), lost[2], lost[3], whole)
+    verdict = diagnose(Evidence(failures=(failure("process_died", 5),), hosts=hosts, preempted_ranks=(1,)))
+    assert verdict.cause == "lost_slice"
+    assert verdict.reason == (
+        "slice-b was lost without notice: slice-b-0 is gone (ranks 2); "
+        "slice-c was lost without notice: all of it is gone (ranks 4, 5)"
+    )
+
+
+def test_a_machine_that_is_in_no_slice_is_named_with_the_process_that_died():
+    died = failure("process_died", 1, "Killed")
+    [alone] = (Host(name="10.0.0.2", slice="", ranks=(1,), alive=False),)
+    assert diagnose(Evidence(failures=(died,), hosts=(alone,))).reason == (
+        "the process of rank 1 died with its host 10.0.0.2"
+    )
 
 
 @given(
@@ -122,6 +154,8 @@ def test_the_order_of_reports_never_changes_the_cause(reports, random):
         ("host_fault", {"host_fault": 2}, "stop"),
         ("host_fault", {"preemption": 500}, "retry"),
         ("preemption", {"host_fault": 2}, "retry"),
+        ("lost_slice", {"host_fault": 2, "preemption": 1000}, "retry"),
+        ("lost_slice", {"lost_slice": 9}, "stop"),
         ("bad_code", {}, "stop"),
         ("bad_numbers", {}, "stop"),
         ("out_of_memory", {}, "retry"),

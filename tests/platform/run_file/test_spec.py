@@ -233,7 +233,7 @@ NUM_FIELDS = {
     spec_sections.HealthConfig: 11,
     spec_sections.MeshConfig: 4,
     spec_sections.ClusterConfig: 17,
-    spec_sections.BudgetsConfig: 8,
+    spec_sections.BudgetsConfig: 9,
     ModelConfig: 34,
     ExecutionConfig: 4,
     AdafactorConfig: 11,
