@@ -2,6 +2,7 @@
 
     config.json, generation_config.json
     configuration_openmoe.py, modeling_openmoe.py    what transformers runs (hf_export/), written beside the weights
+    tokenizer.model, tokenizer_config.json           if a tokenizer goes along
     model.safetensors                                or model-00001-of-00003.safetensors and an index of the parts
     pytorch_model.bin                                the released ones; read only, in parts or not
 
@@ -199,6 +200,7 @@ def write(
     *,
     dtype: Dtype = "float32",
     shard_bytes: int = SHARD_BYTES,
+    beside: Mapping[str, bytes] | None = None,
     report: Report = lambda *progress: None,
 ) -> str:
     """Writes a checkpoint that transformers loads with `trust_remote_code=True`, tensor by tensor.
@@ -209,6 +211,7 @@ def write(
       parameters: all of them, by T5X's names.
       dtype: of the parameters.
       shard_bytes: most bytes of numbers in a file, unless a tensor has more.
+      beside: further files by name, such as those of the tokenizer.
       report: told after each tensor.
 
     Returns:
@@ -229,12 +232,11 @@ def write(
     tensors = [_written(names[name], parameters[name]) for name in names]
     with explained(path), whole_or_absent(path) as unfinished:
         _write_parts(unfinished, tensors, dtype, shard_bytes, report)
-        for file in sorted(_SHIPPED.glob("*.py")):
-            _write_text(unfinished, file.name, file.read_text())
-        _write_text(unfinished, "generation_config.json", json.dumps(_GENERATION, indent=2) + "\n")
-        _write_text(
-            unfinished, CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n"
-        )  # last: gs:// has no rename
+        shipped = {file.name: file.read_bytes() for file in sorted(_SHIPPED.glob("*.py"))}
+        for name, written in (shipped | dict(beside or {})).items():
+            _write(unfinished, name, written)
+        _write_json(unfinished, "generation_config.json", _GENERATION)
+        _write_json(unfinished, CONFIG, dict(sorted(content.items())))  # last: gs:// has no rename
     return path
 
 
@@ -266,7 +268,7 @@ def _write_parts(path: str, tensors: list[_Written], dtype: Dtype, shard_bytes: 
     if len(parts) > 1:
         total = sum(hf_files.num_bytes(t.shape, dtype) for t in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write_text(path, "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        _write_json(path, "model.safetensors.index.json", index)
 
 
 def split(tensors: list[_Written], dtype: str, shard_bytes: int) -> list[list[_Written]]:
@@ -297,6 +299,10 @@ def _read_json(path: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _write_text(path: str, name: str, text: str) -> None:
+def _write_json(path: str, name: str, content: Mapping[str, Any]) -> None:
+    _write(path, name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write(path: str, name: str, content: bytes) -> None:
     with hf_files.open_file(f"{path}/{name}", "wb") as file:
-        file.write(text.encode())
+        file.write(content)

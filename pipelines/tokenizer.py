@@ -39,7 +39,7 @@ class Tokenizer:
     """A SentencePiece model, by path, gs:// URI or `builtin:<name>`."""
 
     def __init__(self, uri: str) -> None:
-        proto = _model_bytes(uri)
+        proto = self.proto = _model_bytes(uri)
         # Threads of its own would be one for each CPU of the host, of which a work unit has one.
         self._processor = sentencepiece.SentencePieceProcessor(num_threads=1)
         try:
@@ -73,6 +73,11 @@ class Tokenizer:
             text += self._processor.decode(pieces) + (f"<extra_id_{name}>" if name >= 0 else "<unused>")
             pieces = []
         return text + self._processor.decode(pieces)
+
+    @property
+    def pieces(self) -> tuple[str, ...]:
+        """The model's pieces by id."""
+        return tuple(self._processor.id_to_piece(list(range(self.text_vocab_size))))
 
     def vocabulary(self, num_sentinels: int) -> Vocabulary:
         """Returns the ids that the UL2 objective needs, the mode prompts tokenized."""

@@ -61,6 +61,8 @@ def route(logits, top_k, capacity):
 
 
 class OpenMoeRMSNorm(nn.Module):
+    """Division by the root mean square (arXiv:1910.07467) in float32: [..., d] to the same in the activations' type."""
+
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
@@ -74,7 +76,7 @@ class OpenMoeRMSNorm(nn.Module):
 
 
 class OpenMoeLinear(nn.Linear):
-    """Without bias; computes in the type of x. `truncated` and `divisor` say how its weight is drawn."""
+    """[..., d_in] to [..., d_out] without bias, in the type of x; `truncated` and `divisor` say how it is drawn."""
 
     def __init__(self, d_in, d_out, truncated=True, divisor=1.0):
         super().__init__(d_in, d_out, bias=False)
@@ -85,7 +87,7 @@ class OpenMoeLinear(nn.Linear):
 
 
 class OpenMoeAttention(nn.Module):
-    """Causal, without the factor 1/sqrt(head_dim), which the query's initialisation contains."""
+    """Causal, [b, t, d] to [b, t, d], without the factor 1/sqrt(head_dim), which the query's initialiser has."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -106,6 +108,8 @@ class OpenMoeAttention(nn.Module):
 
 
 class OpenMoeMLP(nn.Module):
+    """The gated block of every token, [b, t, d] to [b, t, d]; see `gated`."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = OpenMoeLinear(config.hidden_size, 2 * config.intermediate_size)
@@ -117,6 +121,8 @@ class OpenMoeMLP(nn.Module):
 
 
 class OpenMoeExperts(nn.Module):
+    """The gated blocks of a layer's experts: [n, d] to [n, d] by the one asked for."""
+
     def __init__(self, config):
         super().__init__()
         stack, d_model, d_ff = config.num_experts, config.hidden_size, config.intermediate_size
@@ -130,7 +136,10 @@ class OpenMoeExperts(nn.Module):
 
 
 class OpenMoeSparseMLP(nn.Module):
-    """Experts; zeroed padding reaches the router, asks for experts 0 and 1 and takes places there, as in training."""
+    """Experts (arXiv:2202.08906): [b, t, d] to float32 [b, t, d] and Routed.
+
+    Zeroed padding reaches the router, asks for experts 0 and 1 and takes places there, as in training.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -155,7 +164,7 @@ class OpenMoeSparseMLP(nn.Module):
         """Returns the tokens of a group and the places of an expert in it; None if nothing is dropped."""
         config, size = self.config, self.config.group_size
         multiple = config.num_experts * config.t5x_expert_copies
-        if multiple and num_tokens % multiple == 0:  # the original's rule: openmoe.model.routing.groups_of
+        if multiple and num_tokens % multiple == 0:  # the original's rule: openmoe.model.counts.groups_of
             num_groups = max(num_tokens // size, multiple)
             while num_tokens % num_groups or num_groups % multiple:
                 num_groups += 1
@@ -168,7 +177,10 @@ class OpenMoeSparseMLP(nn.Module):
 
 
 def load_balancing_loss(routed):
-    """E times the sum over experts of the share of tokens that ask for it and its mean probability; K at best."""
+    """E times the sum over experts of the share of tokens that ask for it and its mean probability; K at best.
+
+    Of Routed, a scalar (arXiv:2101.03961, equation 4).
+    """
     num_experts = routed.logits.shape[-1]
     asked = F.one_hot(routed.expert_index, num_experts).sum(2).float().mean(1)  # [G, E]
     return num_experts * (asked * routed.logits.softmax(-1).mean(1)).sum(-1).mean()

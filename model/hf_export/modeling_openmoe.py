@@ -72,6 +72,8 @@ class OpenMoeLayer(nn.Module):
 
 
 class OpenMoePreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of both models: their settings, and how weights are drawn."""
+
     config_class = OpenMoeConfig
     base_model_prefix = "model"
     _no_split_modules = ["OpenMoeLayer"]
@@ -95,6 +97,8 @@ class OpenMoePreTrainedModel(PreTrainedModel):
 
 
 class OpenMoeModel(OpenMoePreTrainedModel):
+    """The decoder without its head."""
+
     def __init__(self, config):
         super().__init__(config)
         # Without padding_idx: row 0 is the BOS, which has a vector and learns.
@@ -114,6 +118,7 @@ class OpenMoeModel(OpenMoePreTrainedModel):
         return (rows.real * self.norm(x)).float(), routing
 
     def rows_of(self, input_ids, attention_mask, cache, generating, dtype):
+        """Returns the Rows of [b, t] ids, of which those behind the s - t positions of a cache are at hand."""
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask: must be [b, t], got {list(attention_mask.shape)}; use a dynamic cache")
         seen = cache.get_seq_length() if cache is not None else 0
@@ -147,6 +152,8 @@ def real_positions(input_ids):
 
 
 class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):
+    """The decoder and its head: [b, t] ids to float32 [b, t, v] logits."""
+
     accepts_loss_kwargs = False  # the Trainer's microbatches are averaged by the Trainer
 
     def __init__(self, config):

@@ -31,6 +31,12 @@ Model = Annotated[
     typer.Option("--model", metavar="PRESET", help="The model, such as openmoe-8b; hf: instead of its config.json."),
 ]
 OfParameters = Annotated[Dtype, typer.Option(help="Type of the parameters; orbax has float32 only.")]
+TokenizerModel = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="MODEL", help="SentencePiece model that goes along to hf: a file, gs://, builtin:<name>."
+    ),
+]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare a forward pass of both, layer by layer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
@@ -42,6 +48,7 @@ def convert(
     destination_format: To,
     model: Model = None,
     dtype: OfParameters = "float32",
+    tokenizer: TokenizerModel = None,
     check: Check = True,
     as_json: Json = False,
 ) -> None:
@@ -52,7 +59,10 @@ def convert(
 
     if destination_format == "orbax" and dtype != "float32":
         raise SpecError([Problem("", "orbax checkpoints have float32 only; leave it out")], f"--dtype {dtype}")
+    if tokenizer is not None and destination_format != "hf":
+        raise SpecError([Problem("", "a tokenizer goes along to hf only; leave it out")], f"--tokenizer {tokenizer}")
     config = _config(source, source_format, model)
+    beside = _tokenizer_files(tokenizer, config) if tokenizer is not None else {}
     if destination_format == "hf":
         hf_config.config_json(config, dtype)  # an error now, not after everything has been read
     with progress.ProgressReport() as show:
@@ -60,7 +70,8 @@ def convert(
             if source_format != "hf":
                 show.say(f"hf has parameters only: the step and the optimizer's state of {source} stay behind")
             parameters = _parameters(source, source_format, config)
-            path = hf_checkpoint.write(destination, config, parameters, dtype=dtype, report=_counted(show, "write"))
+            report = _counted(show, "write")
+            path = hf_checkpoint.write(destination, config, parameters, dtype=dtype, beside=beside, report=report)
         else:
             if source_format == "hf":
                 show.say(
@@ -89,6 +100,17 @@ def _config(source: str, kind: Format, model: str | None) -> ModelConfig:
     if model not in PRESETS:
         raise SpecError([Problem("", f"no preset of this name; {did_you_mean(model, PRESETS)}")], f"--model {model}")
     return PRESETS[model]
+
+
+def _tokenizer_files(uri: str, config: ModelConfig) -> dict[str, bytes]:
+    """What an export needs of a tokenizer, with as many sentinels as run files have unless they say otherwise."""
+    from openmoe.model import hf_tokenizer
+    from openmoe.pipelines import tokenizer
+    from openmoe.pipelines.config import DataConfig
+
+    model, sentinels = tokenizer.load(uri), DataConfig.num_sentinels
+    given = hf_tokenizer.SentencePieceModel(model.proto, model.pieces, model.eos_id, sentinels)
+    return hf_tokenizer.files(given, config)
 
 
 def _parameters(path: str, kind: Format, config: ModelConfig) -> Mapping[str, Readable]:

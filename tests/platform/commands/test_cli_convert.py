@@ -119,6 +119,15 @@ def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):
             "--model: needed with --from t5x; such as --model openmoe-8b",
         ),
         (
+            "t5x/checkpoint_5 new --from t5x --to orbax --model openmoe-nano --tokenizer builtin:small_8192",
+            "--tokenizer builtin:small_8192: a tokenizer goes along to hf only; leave it out",
+        ),
+        (
+            "t5x/checkpoint_5 new --from t5x --to hf --model openmoe-base --tokenizer builtin:small_8192",
+            "tokenizer: the model has 256000 pieces of text and room for 384 sentinels, got 8192 and 300; "
+            "give the one it was trained with",
+        ),
+        (
             "t5x/checkpoint_5 t5x --from t5x --to t5x --model openmoe-nano",
             "t5x/checkpoint_5: is there already; remove it, or choose another folder",
         ),
@@ -141,7 +150,9 @@ def openmoe_here(convert, line):
 
 
 def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, mesh):
-    out, err = openmoe_here(convert, "t5x/checkpoint_5 hf --from t5x --to hf --model openmoe-nano")
+    out, err = openmoe_here(
+        convert, "t5x/checkpoint_5 hf --from t5x --to hf --model openmoe-nano --tokenizer builtin:small_8192"
+    )
     assert out == "hf\n"
     assert "hf has parameters only: the step and the optimizer's state of t5x/checkpoint_5 stay behind\n" in err
     assert "write: 49 of 49 arrays" in err
@@ -153,6 +164,9 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
         "layers_openmoe.py",
         "model.safetensors",
         "modeling_openmoe.py",
+        "tokenization_openmoe.py",
+        "tokenizer.model",
+        "tokenizer_config.json",
     ]
     template, fresh = (
         step.state_shapes(NANO, AdafactorConfig(), mesh),
