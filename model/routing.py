@@ -6,6 +6,7 @@ Axes: S tokens of the group, K = top_k choices of a token, E experts, C places o
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -123,6 +124,7 @@ class RouterStatistics(NamedTuple):
     left_behind: Array  # float32[], share of the tokens none of whose choices got a place
     kept_gate: Array  # float32[], sum of the gates of the choices that got a place, per choice
     usage: Array  # float32[], share of the places that are taken
+    entropy: Array  # float32[], mean over tokens of `entropies`
 
 
 def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routing) -> RouterStatistics:
@@ -150,7 +152,17 @@ def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routin
         left_behind=1 - served / tokens,
         kept_gate=jnp.sum(routing.gate * routing.kept) / (tokens * top_k),
         usage=kept / places,
+        entropy=jnp.sum(entropies(scores) if asking is None else entropies(scores) * asking) / tokens,
     )
+
+
+def entropies(scores: Array) -> Array:
+    """Returns the entropy of each token's shares float32[S, E] of the experts, over an even one's: float32[S].
+
+    It is 1 where a token could as well go to any expert, 0 where but one comes into question. It has no derivative.
+    """
+    shares = jax.lax.stop_gradient(scores)
+    return jnp.sum(jax.scipy.special.entr(shares), axis=-1) / math.log(max(scores.shape[-1], 2))
 
 
 class RouterWeights(NamedTuple):

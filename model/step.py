@@ -367,7 +367,7 @@ def _metrics_of_batch(parts: LossParts, parts_each: int) -> Metrics:
 
 
 def _router_metrics(layers: tuple[RouterStatistics, ...]) -> Metrics:
-    """Means over parts and MoE layers; the load of each expert also layer by layer."""
+    """Means over parts and MoE layers; the load of each expert and the router's entropy layer by layer."""
     by_layer = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(axis=1), *layers)  # [num_moe_layers, ...]
     return {
         "aux_loss": jnp.mean(by_layer.aux_loss),
@@ -377,4 +377,5 @@ def _router_metrics(layers: tuple[RouterStatistics, ...]) -> Metrics:
         "router_confidence": jnp.mean(by_layer.kept_gate / by_layer.kept),
         "expert_usage": jnp.mean(by_layer.usage),
         "expert_load": by_layer.load,
+        "router_entropy": by_layer.entropy,
     }

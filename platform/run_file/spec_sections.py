@@ -87,6 +87,12 @@ class HealthConfig(Section):
     least_load_entropy: float = Field(
         default=0.3, ge=0, le=1, description="Of the experts' load in a layer, as a share of an even load's."
     )
+    least_router_entropy: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="Of a token's distribution over the experts, mean over a layer's tokens, over an even one's.",
+    )
     alarm_steps: int = Field(default=200, ge=1, description="Steps in a row after which that raises an alarm.")
     hang_multiple: float = Field(
         default=50.0,

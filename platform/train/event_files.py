@@ -47,6 +47,7 @@ def scalars(record: Mapping[str, Any], *, row_tokens: int) -> dict[str, float]:
 
     The load of the experts is two numbers a layer: the largest expert's share of the choices, and their evenness,
     which is the entropy of the shares over that of equal ones: 1 when all experts are asked alike, 0 when one is.
+    The router's entropy is the mean of that of each token's distribution, over an even one's.
     """
     values = {tag: record[name] for name, tag in TAGS.items() if name in record}
     first_row, end_row = record["rows"]
@@ -54,6 +55,8 @@ def scalars(record: Mapping[str, Any], *, row_tokens: int) -> dict[str, float]:
     for layer, load in enumerate(record.get("expert_load", ())):
         values[f"expert_load/layer_{layer}_largest"] = max(load)
         values[f"expert_load/layer_{layer}_evenness"] = _evenness(load)
+    for layer, entropy in enumerate(record.get("router_entropy", ())):
+        values[f"router_entropy/layer_{layer}"] = entropy
     return values
 
 

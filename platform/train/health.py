@@ -1,7 +1,7 @@
 """Whether a run is well, from the records of its steps: pure, and the same in every process.
 
 bad numbers   a loss that is not finite, or one that leaps above what the last steps had
-alarms        experts that hardly anyone asks for any more, layers that ask for few of them
+alarms        experts that hardly anyone asks for any more, layers that ask for few of them, routers without a choice
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ class Numbers:
 
 
 class Alarms:
-    """Watches the load of the experts; an alarm is raised once, and taken back when what it is about has ended."""
+    """Watches the experts' load and the routers' entropy.
+
+    An alarm is raised once, and taken back when what it is about has ended.
+    """
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
@@ -131,6 +134,9 @@ class Alarms:
             for expert, share in enumerate(load):
                 bad = share < self._config.collapsed_share / len(load)
                 yield from self._count(record, ("expert_collapse", layer, expert), share * len(load), is_bad=bad)
+        for layer, entropy in enumerate(record.get("router_entropy", ())):
+            low = entropy < self._config.least_router_entropy
+            yield from self._count(record, ("router_entropy", layer, -1), entropy, is_bad=low)
 
     def _count(
         self, record: Mapping[str, Any], key: tuple[str, int, int], value: float, *, is_bad: bool
@@ -167,5 +173,8 @@ def words(alarm: Mapping[str, Any]) -> str:
     if alarm["alarm"] == "expert_collapse":
         state = f"is asked for {alarm['value']:.1%} of its even share" if alarm["begins"] else "is asked for again"
         return f"expert {alarm['expert']} of MoE {of} {state} at step {alarm['step']:,}"
+    if alarm["alarm"] == "router_entropy":
+        state = "the router leaves no token a choice" if alarm["begins"] else "the router weighs experts again"
+        return f"MoE {of}: {state} at step {alarm['step']:,} (mean entropy of a token {alarm['value']:.2f} of 1)"
     state = "few experts take nearly all" if alarm["begins"] else "more experts are asked for again"
     return f"MoE {of}: {state} at step {alarm['step']:,} (entropy of the load {alarm['value']:.2f} of 1)"

@@ -90,6 +90,9 @@ class StepGauges:
         self._tokens_per_s = gauge("tokens_per_s", "Tokens per second of the newest step, padding included")
         self._data_wait_s = gauge("data_wait_s", "Seconds that the newest step waited for its rows")
         self._drop_fraction = gauge("drop_fraction", "Share of expert choices that found their expert full")
+        self._router_entropy = gauge(
+            "router_entropy", "Entropy of a token's distribution over the experts, over an even one's", "layer"
+        )
         self._expert_load = gauge(
             "expert_load", "Share of a layer's choices that asked for an expert", "layer", "expert"
         )
@@ -106,6 +109,8 @@ class StepGauges:
         if "expert_load" not in record:
             return  # a dense model
         self._drop_fraction.set(record["drop_fraction"])
+        for layer, entropy in enumerate(record["router_entropy"]):
+            self._router_entropy.set(entropy, tags={"layer": str(layer)})
         for layer, load in enumerate(record["expert_load"]):
             for expert, share in enumerate(load):
                 self._expert_load.set(share, tags={"layer": str(layer), "expert": str(expert)})

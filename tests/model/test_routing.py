@@ -107,7 +107,26 @@ def test_statistics_of_a_group_by_hand():
     assert statistics.left_behind == pytest.approx(1 / 3)
     assert statistics.kept_gate == pytest.approx((0.6 + 0.3 + 0.2) / 6)
     assert statistics.usage == pytest.approx(1.0)
+    of_tokens = (0.8979457, 0.9433483, 0.8018186)  # nats
+    assert statistics.entropy == pytest.approx(sum(of_tokens) / 3 / np.log(3), rel=1e-6)
     assert statistics.aux_loss == pytest.approx(3 * (1 * 0.6 + 2 / 3 * 0.8 / 3 + 1 / 3 * 0.4 / 3))
+
+
+@pytest.mark.parametrize(
+    ("probs", "asks", "entropy"),
+    [
+        ([[0.25] * 4] * 2, None, 1.0),
+        ([[1.0, 0.0, 0.0, 0.0]] * 2, None, 0.0),  # no NaN
+        ([[0.5, 0.5, 0.0, 0.0]] * 2, None, 0.5),
+        ([[0.5, 0.5, 0.0, 0.0], [0.25] * 4], None, 0.75),
+        ([[0.5, 0.5, 0.0, 0.0], [0.25] * 4], [True, False], 0.5),  # padding counts for nothing
+    ],
+)
+def test_the_router_s_entropy_is_that_of_each_token_and_not_of_the_load(probs, asks, entropy):
+    probs = np.asarray(probs, np.float32)
+    asks = None if asks is None else np.asarray(asks)
+    found = STATISTICS(np.log(probs + 1e-9), probs, asks, routed(probs, capacity=4))
+    assert found.entropy == pytest.approx(entropy, abs=1e-6)
 
 
 @quick

@@ -230,7 +230,7 @@ NUM_FIELDS = {
     spec_sections.TrainConfig: 11,
     spec_sections.StopWhenConfig: 3,
     spec_sections.EvalConfig: 4,
-    spec_sections.HealthConfig: 11,
+    spec_sections.HealthConfig: 12,
     spec_sections.MeshConfig: 4,
     spec_sections.ClusterConfig: 17,
     spec_sections.BudgetsConfig: 9,

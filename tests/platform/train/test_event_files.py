@@ -34,6 +34,7 @@ OF_EXPERTS = {
     "router_confidence": 0.75,
     "expert_usage": 0.875,
     "expert_load": [[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]],
+    "router_entropy": [0.75, 0.5, 0.25],
 }
 DENSE = {
     "loss/cross_entropy": 2.5,
@@ -58,6 +59,9 @@ SPARSE = DENSE | {
     "expert_load/layer_1_evenness": 0.5,
     "expert_load/layer_2_largest": 1.0,
     "expert_load/layer_2_evenness": 0.0,
+    "router_entropy/layer_0": 0.75,
+    "router_entropy/layer_1": 0.5,
+    "router_entropy/layer_2": 0.25,
 }
 
 

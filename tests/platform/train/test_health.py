@@ -139,6 +139,16 @@ def test_a_layer_that_asks_for_few_experts_raises_an_alarm():
     assert health.words(alarm) == ("MoE layer 0: few experts take nearly all at step 2 (entropy of the load 0.12 of 1)")
 
 
+def test_a_router_that_leaves_no_token_a_choice_raises_an_alarm_though_all_experts_are_asked_alike():
+    alarms = Alarms(HealthConfig(alarm_steps=2))
+    even, told = [[0.25] * 4] * 2, []
+    for step, entropy in enumerate([0.5, 0.01, 0.01, 0.01, 0.5], 1):
+        told += alarms.add({"step": step, "expert_load": even, "router_entropy": [0.9, entropy]})
+    begins, ends = map(health.words, told)
+    assert begins == ("MoE layer 1: the router leaves no token a choice at step 3 (mean entropy of a token 0.01 of 1)")
+    assert ends == "MoE layer 1: the router weighs experts again at step 5 (mean entropy of a token 0.50 of 1)"
+
+
 def incident(incarnation, lo, hi):
     return Incident(incarnation=incarnation, step=0, rows=Rows(lo, hi), reason=f"incident {incarnation}", time_s=0.0)
 
