@@ -67,7 +67,7 @@ FILES = (
     "train.checkpoints", "train.compile_cache", "train.evaluation", "train.event_files", "train.health_watch",
     "train.init_from", "train.init_source", "train.memory_kills", "train.milestones", "train.notice", "train.pace",
     "train.prefetch", "train.profiling", "train.recorder", "train.replay", "train.restore", "train.sampling",
-    "train.saver", "train.train_loop", "train.train_step", "train.wandb_curves", "train.watchdog",
+    "train.saver", "train.stacks", "train.train_loop", "train.train_step", "train.wandb_curves", "train.watchdog",
     "run.attempt_log", "run.goodput_records", "run.instances", "run.journal", "run.ledger_data", "run.report",
     "run.run_dir",
     "dashboard.accounts", "dashboard.curves", "dashboard.follow", "dashboard.incidents", "dashboard.summary",

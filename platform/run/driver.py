@@ -30,7 +30,7 @@ from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
 from openmoe.platform.run_file import run_length, spec_paths, validate
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import cadence, health, init_source, memory_kills
+from openmoe.platform.train import cadence, health, init_source, memory_kills, stacks
 
 LOOK_AT_PACES_S = 30.0
 
@@ -264,6 +264,9 @@ class Attempt:
             self._rewind(claim)
         record = {"event": "ended", "time_s": time.time(), "step": self._step, "attempt": self._name}
         record["step_time_s"] = self._step_time_s
+        if verdict.cause == "hang" and (found := stacks.kept(self._run, claim.incarnation)):
+            record["stacks"] = found
+            self._show.say(f"  where all threads stood: {', '.join(self._run.at(name) for name in found)}")
         journal.append({**record, **asdict(verdict), "decision": asdict(decision)})
         journal.flush()
         return decision

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ import psutil
 
 from openmoe.pipelines import storage
 from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.train import stacks
 from openmoe.platform.train.train_step import TrainStep
 
 FOLDER = "profiles"
@@ -117,7 +117,7 @@ class Responder:
     def _contents(self, request: Request, folder: Path) -> Iterator[tuple[str, str]]:
         """Yields file names and texts; JAX itself writes into `folder`. Stacks first: they may be all."""
         if request.stacks:
-            yield "stacks.txt", stacks()
+            yield "stacks.txt", stacks.of_all_threads()
         if request.memory:
             yield "memory.json", json.dumps(memory(), indent=1)
             jax.profiler.save_device_memory_profile(folder / "memory.prof")
@@ -142,15 +142,6 @@ class Responder:
                 raise RuntimeError(f"training ended {self._train_step.calls - first} step(s) after the trace began")
             if time.monotonic() > deadline_s:
                 raise RuntimeError(f"no {steps} steps in {STEPS_TIMEOUT_S:.0f} s; ask for --stacks")
-
-
-def stacks() -> str:
-    """Returns where every thread of this process stands."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        parts.append(f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(parts)
 
 
 def memory() -> dict[str, Any]:

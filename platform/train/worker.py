@@ -7,6 +7,7 @@ read. Neither is waited for: the run directory is the record, these are the view
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run.stragglers import Pace
 from openmoe.platform.run.verdict import Failure
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import memory_kills
+from openmoe.platform.train import memory_kills, stacks
 from openmoe.platform.train.watchdog import Watchdog
 
 TELL_TIMEOUT_S = 10.0
@@ -53,19 +54,34 @@ def work(config: dict[str, Any]) -> None:
 
     timeout_s, multiple, least_s = spec.cluster.step_timeout_s, spec.health.hang_multiple, spec.health.hang_least_s
     announced, rendered = worker_group.announced_end_s, board.rendered.remote
+    keep = partial(stacks.keep, run, claim.incarnation, rank)
     with (
         frozen.telling(partial(board.lives.remote, rank, node_id)),
-        watched(board, rank, timeout_s, multiple=multiple, least_s=least_s) as watchdog,
+        watched(board, rank, timeout_s, keep, multiple=multiple, least_s=least_s) as watchdog,
     ):
         hooks = (report, watchdog.beat, rendered, config["seen"], announced, tell_pace)
         train_loop.train(spec, run, claim, config["manifest"], *hooks)
 
 
-def watched(board: Any, rank: int, timeout_s: float, *, multiple: float = math.inf, least_s: float = 0) -> Watchdog:
-    """Returns the watchdog of this worker: before it ends the worker, the board hears where it was stuck."""
+def watched(
+    board: Any,
+    rank: int,
+    timeout_s: float,
+    keep: Callable[[], None],
+    *,
+    multiple: float = math.inf,
+    least_s: float = 0,
+) -> Watchdog:
+    """Returns the watchdog of this worker: before it ends the worker, the board hears where it was stuck.
+
+    Then `keep` writes down where all threads stand.
+    """
 
     def tell(stack: str) -> None:
-        ray.get(board.fail.remote(Failure(rank=rank, kind="hung", text=stack)), timeout=TELL_TIMEOUT_S)
+        try:
+            ray.get(board.fail.remote(Failure(rank=rank, kind="hung", text=stack)), timeout=TELL_TIMEOUT_S)
+        finally:
+            keep()
 
     return Watchdog(timeout_s, tell, multiple=multiple, least_s=least_s)
 

@@ -123,6 +123,16 @@ def test_deaths_of_machines_at_one_step_are_no_proof_of_anything(attempt):
     assert [e["cause"] for e in ended] == ["host_fault"] * 3
 
 
+def test_the_end_of_a_stuck_worker_names_the_file_that_says_where_its_threads_stood(attempt, tmp_path):
+    (tmp_path / "run" / "stacks").mkdir(parents=True)
+    for name in ("000001-00003.txt", "000002-00000.txt"):
+        (tmp_path / "run" / "stacks" / name).write_text("thread MainThread")
+    hung = Evidence(failures=(Failure(rank=3, kind="hung", text="stuck here: no step for 30 s"),))
+    _, _, said, [ended] = attempt(hung, None)
+    assert ended["stacks"] == ["stacks/000001-00003.txt"]
+    assert f"where all threads stood: {tmp_path}/run/stacks/000001-00003.txt" in said
+
+
 def test_a_stop_on_request_is_journalled_and_goes_up(attempt, tmp_path):
     with pytest.raises(driver.Stopped):
         attempt(driver.Stopped("SIGTERM"))

@@ -1,6 +1,7 @@
 """A worker group under a real Ray: one JAX process group on CPU, and honest evidence of how it ended."""
 
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import ray.exceptions
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.storage import StorageError
 from openmoe.platform.run import verdict, worker_group
-from openmoe.platform.run.run_dir import RunDirError
+from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run.verdict import Failure
 from openmoe.platform.run_file import spec
 from openmoe.platform.run_file.spec import ClusterConfig
+from openmoe.platform.train import stacks
 from openmoe.platform.train.health import LossSpike, NonFiniteLoss
 from openmoe.platform.train.restore import DamagedCheckpoint
 from openmoe.platform.train.saver import Superseded
@@ -226,7 +228,7 @@ def test_what_the_user_has_told_malloc_stays_as_it_is(monkeypatch):
     assert worker_group.worker_environment(config) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 
-def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stood(run_group):
+def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stood(run_group, tmp_path):
     from openmoe.platform.run import board as boards
 
     def wait_for_what_never_comes(config):
@@ -238,16 +240,22 @@ def test_a_worker_that_lives_and_gets_nowhere_is_a_hang_that_names_where_it_stoo
         from openmoe.platform.train import worker
 
         rank = jax.process_index()
-        with worker.watched(config["board"], rank, timeout_s=3 if rank == 1 else 60):
+        keep = functools.partial(stacks.keep, RunDir(config["run_dir"]), 7, rank)
+        with worker.watched(config["board"], rank, 3 if rank == 1 else 60, keep):
             if rank == 1:
                 threading.Event().wait()
             multihost_utils.sync_global_devices("all are here")
 
     board = boards.start()
-    evidence = run_group(wait_for_what_never_comes, board=board)
+    evidence = run_group(wait_for_what_never_comes, board=board, run_dir=str(tmp_path))
     found = verdict.diagnose(evidence.with_told(boards.ask(board.failures.remote(), {})))
     assert (found.cause, found.reason) == ("hang", "rank 1 made no progress: stuck here: no step for 3 s")
     assert "in wait_for_what_never_comes" in found.trace
+    run = RunDir(str(tmp_path))
+    assert (stacks.kept(run, 7), stacks.kept(run, 8)) == (["stacks/000007-00001.txt"], [])
+    text = (tmp_path / "stacks" / "000007-00001.txt").read_text()
+    assert "in wait_for_what_never_comes" in text
+    assert "thread watchdog\n" in text
 
 
 def test_a_board_that_is_gone_answers_nothing_and_ends_no_run(ray_local):
