@@ -4,7 +4,7 @@
 
 The quickstart's model, data and loop in one process with one device, without Ray. Blocks of the real loop
 (`train_loop.train`, which goes on from its last checkpoint) and of the bare step take turns, so what else the machine
-does meets both; ratios are those of neighbouring blocks, and their median counts. Half of the loop's block is without a
+does meets both, and the quickest fifth of the steps of each is compared. Half of the loop's block is without a
 save, which the loop is judged by; beside the other half one is written, maybe on the same cores: what that costs is the
 save's. The last step of a block waits for its save, as one that does not run beside training would. Then, with Ray,
 `benchmarks/resume.py`.
@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,29 +91,35 @@ class Bare:
         self._state, self._step = step.arranged(*plan, self._state), step.make_train_step(*plan)
         self.block(2)
 
-    def block(self, steps: int) -> float:
-        """Returns seconds a step."""
-        start_s, before = time.perf_counter(), None
-        for _ in range(steps):
-            self._state, metrics = self._step(self._state, self._batch)
-            jax.block_until_ready(before)
+    def block(self, steps: int) -> tuple[list[float], float]:
+        """Returns the seconds of each step but the first, and the mean of their CPU time."""
+        ends_s, cpu_s, before = [], [], None
+        for n in range(steps + 2):
+            metrics = None
+            if n <= steps:
+                self._state, metrics = self._step(self._state, self._batch)
+            if before is not None:
+                jax.block_until_ready(before)
+                ends_s.append(time.perf_counter())
+                cpu_s.append(time.process_time())
             before = metrics
-        jax.block_until_ready(before)
-        return (time.perf_counter() - start_s) / steps
+        return [end_s - start_s for start_s, end_s in pairwise(ends_s)], (cpu_s[-1] - cpu_s[0]) / steps
 
 
 class Block(NamedTuple):
     """What a block of the real loop took; its first step, which loads programs, is left out.
 
     Attributes:
-      step_s: of a step without a save.
+      steps_s: of each step without a save.
+      cpu_s: of these, in the mean, CPU time of the whole process.
       wait_s: of these, waiting for rows.
       stall_s: a save held the loop up for so long.
       shadow_s: and made the steps beside which it was written slower by so much together.
       blocking_s: the save at the end, which is waited for.
     """
 
-    step_s: float
+    steps_s: list[float]
+    cpu_s: float
     wait_s: float
     stall_s: float
     shadow_s: float
@@ -124,14 +132,16 @@ def train_block(settings: list[str], manifest_path: str, steps: int, last: int) 
     run = RunDir(loaded.run_dir)
     run.create(loaded)
     claim = run.claim()
-    train_loop.train(loaded, run, claim, manifest_path, lambda record: None)
+    cpu_s: list[float] = []
+    train_loop.train(loaded, run, claim, manifest_path, lambda record: cpu_s.append(time.process_time()))
     records = [r for n, _, r in journal.read(run.at("metrics")) if n == claim.incarnation]
     events = [e for n, _, e in journal.read(run.at("journal")) if n == claim.incarnation]
     alone, beside = records[1:steps], records[steps:]
     step_s = statistics.fmean(record["step_s"] for record in alone)
     stall_s = next(event["stall_s"] for event in events if event["event"] == "save_started")
     return Block(
-        step_s=step_s,
+        steps_s=[record["step_s"] for record in alone],
+        cpu_s=(cpu_s[steps - 1] - cpu_s[0]) / (steps - 1),
         wait_s=statistics.fmean(record["data_wait_s"] for record in alone),
         stall_s=stall_s,
         shadow_s=sum(record["step_s"] for record in beside) - stall_s - len(beside) * step_s,
@@ -147,32 +157,44 @@ def measure(folder: str, blocks: int, steps: int, overrides: list[str]) -> dict[
     for block in range(blocks + 1):
         bares.append(bare.block(steps))
         found.append(train_block(settings, manifest_path, steps, (block + 1) * 2 * steps))
-        print(f"block {block} of {blocks}: bare {bares[-1]:.4f} s, loop {found[-1]}", file=sys.stderr, flush=True)
-    bares.append(bare.block(steps))
-    # The first turn warms up. A block of the loop lies between two of the bare step.
-    overheads = [2 * b.step_s / (bares[n] + bares[n + 1]) - 1 for n, b in enumerate(found) if n]
-    stall_s = statistics.median(block.stall_s for block in found[1:])
-    shadow_s = max(0.0, statistics.median(block.shadow_s for block in found[1:]))
+        means = f"bare {statistics.fmean(bares[-1][0]):.4f} s, loop {statistics.fmean(found[-1].steps_s):.4f} s"
+        print(f"block {block} of {blocks}: {means}", file=sys.stderr, flush=True)
+    bares, found = bares[1:], found[1:]  # the first turn warms up
+    stall_s = statistics.median(block.stall_s for block in found)
+    shadow_s = max(0.0, statistics.median(block.shadow_s for block in found))
     cadence_s = math.sqrt(2 * (stall_s + shadow_s) * PREEMPTED_EVERY_S)  # Young's: a save against what a death undoes
+    bare_s, loop_s = quick(steps_s for steps_s, _ in bares), quick(block.steps_s for block in found)
     return {
-        "blocks": [[bare_s, *block] for bare_s, block in zip(bares[1:], found[1:], strict=False)],
-        "step_s": statistics.median(bares[1:]),
-        "loop overhead": statistics.median(overheads),
-        "loop overhead of each block": overheads,
-        "data wait": statistics.median(block.wait_s / block.step_s for block in found[1:]),
+        "bare": bares,
+        "blocks": [block._asdict() for block in found],
+        "step_s": bare_s,
+        "loop overhead": loop_s / bare_s - 1,
+        "loop overhead of each block": [
+            statistics.median(block.steps_s) / statistics.median(steps_s) - 1
+            for block, (steps_s, _) in zip(found, bares, strict=True)
+        ],
+        "CPU_s": [statistics.fmean(cpu_s for _, cpu_s in bares), statistics.fmean(block.cpu_s for block in found)],
+        "data wait": statistics.median(block.wait_s / statistics.fmean(block.steps_s) for block in found),
         "save stall_s": stall_s,
         "save shadow_s": shadow_s,
-        "save blocking_s": statistics.median(block.blocking_s for block in found[1:]),
+        "save blocking_s": statistics.median(block.blocking_s for block in found),
         "cadence_s": cadence_s,
         "checkpoint stall": (stall_s + shadow_s) / cadence_s,
     }
+
+
+def quick(blocks: Iterable[list[float]]) -> float:
+    """Returns what the quickest fifth of all steps took at most: what else the machine does only makes steps longer."""
+    return statistics.quantiles([step_s for steps_s in blocks for step_s in steps_s], n=5)[0]
 
 
 def show(found: dict[str, Any]) -> None:
     spread = ", ".join(f"{share:+.1%}" for share in found["loop overhead of each block"])
     bare_s = found["step_s"]
     print(f"{'loop overhead':<18}{found['loop overhead']:8.2%}  over the bare jitted step of {bare_s:.3f} s, no save")
-    print(f"{'':<28}of each block: {spread}")
+    print(f"{'':<28}by the quickest fifth of steps; medians of each block: {spread}")
+    bare_cpu_s, loop_cpu_s = found["CPU_s"]
+    print(f"{'':<18}{loop_cpu_s / bare_cpu_s - 1:8.2%}  by CPU time: {loop_cpu_s:.3f} s a step, and {bare_cpu_s:.3f} s")
     print(f"{'data wait':<18}{found['data wait']:8.2%}  of the time of steps")
     stall_s, blocking_s = found["save stall_s"], found["save blocking_s"]
     print(f"{'save':<18}{stall_s:8.3f} s of stall, and steps beside it took {found['save shadow_s']:.3f} s more;")
