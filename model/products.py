@@ -7,16 +7,21 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from openmoe.model import sharding
 
-@jax.custom_vjp
+
 def product(x: Array, kernel: Array) -> Array:
     """Returns x @ kernel; its derivative is the usual one.
 
     Args:
       x: [..., n, d].
-      kernel: [..., d, m], of the same type and leading axes; inside a `shard_map` varying over the same axes of the
-        mesh (`sharding.varying_alike`).
+      kernel: [..., d, m], of the same type and leading axes.
     """
+    return _product(*sharding.varying_alike(x, kernel))
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
     return x @ kernel
 
 
@@ -29,7 +34,7 @@ def _product_backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[
     return cotangent @ kernel.swapaxes(-1, -2), kernel_gradient(x, cotangent)
 
 
-product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 def kernel_gradient(x: Array, cotangent: Array, dtype: DTypeLike | None = None) -> Array:
