@@ -33,7 +33,7 @@ from openmoe.pipelines.config import DataConfig, SourceConfig
 from openmoe.platform.run import journal
 from openmoe.platform.run.run_dir import RunDir
 
-GOAL, TASK_MEMORY_BYTES = 0.01, 96 * 2**20
+GOAL, TASK_MEMORY_BYTES = 0.01, 192 * 2**20
 
 
 def start(folder: str, steps: int) -> subprocess.Popen[bytes]:
@@ -76,7 +76,7 @@ class Builds:
         paths = (f"{self._folder}/texts/c4/*.jsonl",)
         source = SourceConfig(name="c4", format="redpajama", paths=paths, weight=1.0, max_quarantined_units=1)
         config = DataConfig(
-            tokenizer="builtin:small_8192", sources=(source,), seq_len=512, seed=self.done, unit_bytes=400_000
+            tokenizer="builtin:small_8192", sources=(source,), seq_len=512, seed=self.done, unit_bytes=40_000_000
         )
         place = build.Workplace(
             num_workers=1, task_memory_bytes=TASK_MEMORY_BYTES, reserved_cpus=2, say=self.said.append
@@ -87,13 +87,13 @@ class Builds:
 
 def measure(folder: str, steps: int) -> dict[str, Any]:
     run, builds = RunDir(f"{folder}/run"), Builds(folder)
-    process = start(folder, 10_000)
+    process = start(folder, 20 * steps)
     try:
         wait_for_step(run, process, 10)  # what is compiled is compiled
         before, first = pids(), len(records(run))
         wait_for_step(run, process, first + steps)
         second = len(records(run))
-        while len(records(run)) < second + steps:
+        while len(records(run)) < second + steps and process.poll() is None:
             builds.one()
         found, after = records(run), pids()
     finally:
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} CPUs, of which {os.getloadavg()[0]:.1f} processes wanted one when it began", flush=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        ray.init(**local_ray.init_arguments(num_cpus=3, object_store_bytes=200_000_000))
+        ray.init(**local_ray.init_arguments(num_cpus=4, object_store_bytes=200_000_000))
         try:
             show(measure(folder, arguments.steps))
         finally:
