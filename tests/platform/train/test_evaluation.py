@@ -18,7 +18,7 @@ from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import run_length, spec
 from openmoe.platform.run_file.spec_errors import SpecError
 from openmoe.platform.run_file.spec_sections import EvalConfig, StopWhenConfig
-from openmoe.platform.train import saturation
+from openmoe.platform.train import sampling, saturation
 from openmoe.platform.train.evaluation import losses_of
 
 pytestmark = pytest.mark.timeout(180)
@@ -205,9 +205,10 @@ def test_an_evaluation_changes_no_bit_of_training_and_belongs_to_its_step_whenev
 
 
 def test_a_saturated_run_is_finished_with_a_checkpoint_and_stays_so_until_the_rule_changes(train, data):
-    rule = ("eval={every_tokens: 1024, rows: 5}", "train.stop_when={patience: 2, min_gain: 9.0}")
+    rule = ("eval={every_tokens: 1024, rows: 5, sample_tokens: 2}", "train.stop_when={patience: 2, min_gain: 9.0}")
     run = train("a", *rule)
     assert [e["step"] for e in run.evaluations()] == [1, 2, 3]
+    assert [[prompt for prompt, _ in e["samples"]] for e in run.evaluations()] == [list(sampling.PROMPTS)] * 3
     assert [a.step for a in run.acceptances()] == [2, 3]
     loaded = spec.load("quickstart", [*SMALL, *data[0], f"run_dir={run.path}", *rule])
     result = report.finish(loaded, run, data[1].path)

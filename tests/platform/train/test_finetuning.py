@@ -100,7 +100,7 @@ def test_a_run_on_gs_is_fine_tuned_from_one_there_by_the_real_driver_and_answers
 
     source, place = f"{gcs}/finetuning/base", f"{gcs}/finetuning/chat"
     fsspec.filesystem("gs", use_listings_cache=False).put(base.path, source, recursive=True)
-    lengths = ("train.steps=4", "train.checkpoint_every_steps=2", "train.sample_tokens=2")
+    lengths = ("train.steps=4", "train.checkpoint_every_steps=2", "train.sample_tokens=0")
     loaded = spec.load("quickstart", [*talks[0], f"run_dir={place}", f"init_from={source}", *lengths])
     assert driver.train(loaded) == 0
     run = RunDir(place)
