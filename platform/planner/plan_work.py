@@ -117,6 +117,7 @@ def _hbm_bytes(spec: RunSpec) -> float:
     """
     model, mesh, parts, size = spec.model, spec.mesh, _parts(spec), DTYPE_BYTES[spec.model.dtype]
     parameters, again = counts.parameter_counts(model), spec.execution.remat != "none"
+    memory = validate_memory.estimate(spec)
     used = (parameters.total - parameters.experts * (1 - 1 / mesh.expert)) / mesh.tensor  # gathered along fsdp
     vocabulary = FLOAT32_BYTES * parameters.head / mesh.tensor
     kernels = used - 2 * parameters.head / mesh.tensor
@@ -133,8 +134,9 @@ def _hbm_bytes(spec: RunSpec) -> float:
         + parts * vocabulary * (5 * loss_blocks + 10)
         + 4.7 * positions * values * size
         + 4 * _redistributed_bytes(spec)
-        + 2 * parts * validate_memory.estimate(spec).activations
+        + 2 * parts * memory.activations
         + (3 * parts + 6) * FLOAT32_BYTES * used / mesh.fsdp
+        + 2 * memory.optimizer
     )
 
 

@@ -1,14 +1,16 @@
 """Derived numbers of a run file, against values worked out by hand."""
 
+import jax
 import numpy as np
 import pytest
 
+from openmoe.model import sharding, step
 from openmoe.model.config import PRESETS, ExecutionConfig
-from openmoe.model.optimizer_config import AdafactorConfig
+from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, MuonConfig
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import passes, tokenizer
 from openmoe.pipelines.config import DataError
-from openmoe.platform.planner import plan_page
+from openmoe.platform.planner import plan_page, plan_work
 from openmoe.platform.run_file import spec, validate, validate_memory
 from openmoe.platform.run_file.spec_checks import legal_meshes
 from openmoe.platform.run_file.spec_errors import SpecError
@@ -80,6 +82,28 @@ def test_adafactor_keeps_rows_and_columns_of_large_matrices_only():
     routers, norms = 2 * 128 * 8, (2 * 4 + 2 + 1) * 128
     assert shared == vocabulary + attention + ffn + routers + norms
     assert experts == 2 * 8 * (640 + 384 + 384)
+
+
+@pytest.mark.parametrize("preset", ["openmoe-nano", "openmoe-next-nano", "openllama-base"])
+@pytest.mark.parametrize("optimizer", [AdafactorConfig(), AdamWConfig(), MuonConfig()], ids=lambda config: config.name)
+def test_the_state_that_is_charged_is_the_one_that_the_step_keeps(preset, optimizer):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    moments = step.state_shapes(PRESETS[preset], optimizer, mesh).opt_state.moments
+    kept = [0, 0]  # of shared parameters, of experts
+    for path, leaf in jax.tree.leaves_with_path(moments):
+        kept["['expert']" in map(str, path)] += leaf.size
+    assert validate_memory.optimizer_elements(PRESETS[preset], optimizer) == tuple(kept)
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "adamw"}, {"name": "muon"}])
+def test_a_plan_charges_the_optimizer_of_its_run_file_to_memory_and_to_traffic(optimizer):
+    base = spec.load("openmoe_8b", ["mesh={fsdp: 2, expert: 32}"])
+    other = spec.load("openmoe_8b", ["mesh={fsdp: 2, expert: 32}", f"optimizer={optimizer}"])
+    more = {"adamw": 6_530_224_128 // 2 + 17_179_869_184 // 64, "muon": 4_315_631_616 // 2 + 8_589_934_592 // 64}
+    adafactor = 2_312_960 // 2 + 4_980_736 // 64
+    added = validate_memory.estimate(other).total - validate_memory.estimate(base).total
+    assert added == 4 * (more[optimizer["name"]] - adafactor)
+    assert plan_work.work(other).hbm_bytes - plan_work.work(base).hbm_bytes == pytest.approx(2 * added)
 
 
 @pytest.mark.parametrize(
