@@ -13,14 +13,23 @@ from openmoe.platform.dashboard.follow import RunFollower
 from openmoe.platform.run import goodput, journal
 from openmoe.platform.run.goodput import Records, Steps
 
+MAX_RESTARTS = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """Milliseconds by cause, in the order of `goodput.CAUSES`; and the share of held time in steps that count."""
+    """Milliseconds by cause, in the order of `goodput.CAUSES`; and the share of held time in steps that count.
 
-    causes: tuple[tuple[str, int, str], ...]  # cause, milliseconds, what it is
+    Attributes:
+      causes: cause, milliseconds, what it is.
+      restarts: the newest MAX_RESTARTS, oldest first: incarnation, whether an attempt begins with it, milliseconds
+        until its first new step, of which each cause.
+    """
+
+    causes: tuple[tuple[str, int, str], ...]
     of_held: float
     of_held_perfect: float
+    restarts: tuple[tuple[int, bool, int, tuple[tuple[str, int], ...]], ...] = ()
 
 
 def account(run: RunFollower) -> Account | None:
@@ -38,7 +47,16 @@ def account(run: RunFollower) -> Account | None:
     order = [*goodput.CAUSES, *sorted(found.causes.keys() - goodput.CAUSES.keys())]
     causes = ((cause, found.causes[cause], goodput.CAUSES.get(cause, "")) for cause in order if found.causes[cause])
     of_held, perfect = found.of_held()
-    return Account(causes=tuple(causes), of_held=round(of_held, 4), of_held_perfect=round(perfect, 4))
+    restarts = (
+        (r.incarnation, r.attempt, r.causes.total(), tuple((cause, ms) for cause, ms in r.causes.items() if ms))
+        for r in found.resumes[-MAX_RESTARTS:]
+    )
+    return Account(
+        causes=tuple(causes),
+        of_held=round(of_held, 4),
+        of_held_perfect=round(perfect, 4),
+        restarts=tuple(restarts),
+    )
 
 
 def _steps(run: RunFollower, incarnation: int) -> Steps:

@@ -16,6 +16,7 @@ from openmoe.platform.dashboard.incidents import Incarnation, Period, Stage
 from openmoe.platform.jobs import story
 from openmoe.platform.jobs.story import Sentence
 from openmoe.platform.run_file import spec_yaml
+from openmoe.platform.train.cadence import Cadence
 
 if TYPE_CHECKING:
     from openmoe.clusters.twin import ClusterStatus
@@ -50,6 +51,7 @@ class Figures:
       step_s: mean of the newest steps.
       left_s: until the last step at that pace, without interruptions.
       updated_s: when it last showed that it lives.
+      cadence: how often the newest worker group saves, where it has solved that.
       period: what the last day came to; only for a run's own page.
       problem: why its files cannot be read on.
       read_all: False while an old history is still being read.
@@ -74,6 +76,7 @@ class Figures:
     incarnations: int = 0
     checkpoint_step: int | None = None
     checkpoint_s: float | None = None
+    cadence: str = ""
     period: Period | None = None
     problem: str = ""
     read_all: bool = False
@@ -162,6 +165,7 @@ def figures(run: RunFollower, key: str, now_s: float, *, with_period: bool = Fal
         incarnations=len(run.claims),
         checkpoint_step=run.checkpoint["step"] if run.checkpoint else None,
         checkpoint_s=run.checkpoint["time_s"] if run.checkpoint else None,
+        cadence=_cadence(run),
         problem=run.problem,
         read_all=run.complete,
     )
@@ -189,6 +193,12 @@ def _with_newest_step(run: RunFollower, view: Figures) -> Figures:
         step_s=step_s,
         left_s=(wanted - step) * step_s if wanted and view.state == "training" else None,
     )
+
+
+def _cadence(run: RunFollower) -> str:
+    newest = run.claims[-1].incarnation if run.claims else 0
+    event = incidents.first([e for e in run.events[::-1] if e["incarnation"] == newest], "cadence")
+    return str(Cadence(**{name: event[name] for name in Cadence._fields})) if event else ""
 
 
 def _state(run: RunFollower, now_s: float) -> tuple[RunState, str]:

@@ -180,7 +180,7 @@ export class RunPage {
     this.account.hidden = !account;
     if (!account) return;
     const figures = `${percent(account.of_held, 1)} of held capacity went into steps; a perfect controller: ${percent(account.of_held_perfect, 1)}`;
-    renew(this.account, el("header", {}, el("h2", {}, "Where did the time go?"), el("p", { class: "note" }, figures)), ...stacked(account.causes));
+    renew(this.account, el("header", {}, el("h2", {}, "Where did the time go?"), el("p", { class: "note" }, figures)), ...stacked(account.causes), restarts(account.restarts));
   }
 
   #showTimeline() {
@@ -207,6 +207,12 @@ function stacked(causes) {
   return [el("div", { class: "spent", "aria-hidden": "true" }, parts), el("details", { "data-key": "account" }, el("summary", { class: "note" }, "each cause"), el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, rows))))];
 }
 
+function restarts(found) {
+  if (!found.length) return null;
+  const rows = found.map(([number, attempt, ms, causes]) => el("tr", {}, el("td", { class: "num" }, whole(number)), el("td", { class: "num" }, duration(ms / 1000)), el("td", { class: "note" }, causes.map(([cause, part]) => `${spoken(cause)} ${(part / 1000).toFixed(1)} s`).join(", ")), el("td", { class: "note hide-small" }, attempt ? "new attempt, from its begin" : "new worker group, from the last step before")));
+  return el("details", { "data-key": "restarts" }, el("summary", { class: "note" }, "each start, until its first new step"), el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, rows))));
+}
+
 function headline(f) {
   if (f.state === "finished") return `finished ${around(f.updated_s)}`;
   if (f.state === "training" && f.left_s !== null) return `done ${around(now() + f.left_s)} if nothing interrupts it`;
@@ -225,7 +231,7 @@ function tiles(f) {
   ];
   if (f.left_s !== null) found.push(tile("time left", duration(f.left_s), "at this speed"));
   if (p && f.read_all) found.push(tile(p.whole_run ? (f.state === "finished" ? "the whole run" : "so far") : "last 24 hours", p.training_share === null ? `${whole(p.steps)} steps` : `${percent(p.training_share)} training`, `${whole(p.steps)} steps`, endings.join(", ") || "no interruption", p.undone_steps ? `${plural(p.undone_steps, "step")} trained again` : ""));
-  if (f.checkpoint_step !== null) found.push(tile("checkpoint", `step ${whole(f.checkpoint_step)}`, f.state === "finished" ? `accepted ${moment(f.checkpoint_s)}` : `accepted ${ago(f.checkpoint_s)}`, f.step > f.checkpoint_step ? `${plural(f.step - f.checkpoint_step, "step")} at risk` : ""));
+  if (f.checkpoint_step !== null) found.push(tile("checkpoint", `step ${whole(f.checkpoint_step)}`, f.state === "finished" ? `accepted ${moment(f.checkpoint_s)}` : `accepted ${ago(f.checkpoint_s)}`, f.step > f.checkpoint_step ? `${plural(f.step - f.checkpoint_step, "step")} at risk` : "", f.cadence && `saves ${f.cadence}`));
   return el("dl", { class: "tiles" }, found);
 }
 

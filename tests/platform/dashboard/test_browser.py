@@ -68,6 +68,8 @@ def test_a_run_is_drawn_as_its_records_say(begin, open_run):
     expect(page.locator("#facts")).to_contain_text("4 x cpu, 2 processes")
     expect(page.locator("#account")).to_contain_text("60.0% of held capacity went into steps")
     expect(page.locator("#account .spent i")).to_have_count(4)
+    page.get_by_text("each start, until its first new step").click()
+    expect(page.locator("#account [data-key=restarts] tr")).to_have_count(3)
 
 
 def test_each_moe_layer_has_a_heat_map_with_a_row_an_expert_and_a_column_a_step(begin, open_run):

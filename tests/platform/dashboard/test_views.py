@@ -186,13 +186,31 @@ def test_the_history_tells_the_story_and_the_facts(written):
     assert history.stages == (Stage(number=2, first_step=31, mixture="next_token: c4 25%, the_stack 75%"),)
 
 
+def test_the_newest_cadence_of_the_newest_worker_group_is_shown_in_words(written):
+    run = written()
+    run.claim()
+    assert views.figures(follow(run), "k", now_s=run.now_s).cadence == ""
+    solved = {"interruption_every_s": 10_800.0, "stall_s": 0.1, "step_s": 1.0, "every_s": 46.1}
+    run.event("cadence", step=0, every_steps=20, **(solved | dict.fromkeys(("stall_s", "step_s", "every_s"))))
+    before = views.figures(follow(run), "k", now_s=run.now_s).cadence
+    assert before == "every 20 steps until a save is measured (one interruption per 3 h expected)"
+    run.event("cadence", step=20, every_steps=46, **solved)
+    shown = views.figures(follow(run), "k", now_s=run.now_s).cadence
+    assert shown == "every 46 steps, 0.768 min (one interruption per 3 h expected, a save stalls for 0.1 s)"
+    run.claim(after_s=5)
+    assert views.figures(follow(run), "k", now_s=run.now_s).cadence == ""
+
+
 def test_the_account_is_that_of_the_command(written):
     run = written().with_two_interruptions()
     account = views.history(follow(run)).account
     told = [(cause, ms) for cause, ms, _ in account.causes]
     assert told == [("step", 60_000), ("redone", 30_000), ("end", 10_000), ("absent", 30_000)]
     assert (account.of_held, account.of_held_perfect) == (0.6, 1.0)
-    assert goodput.fold(goodput_records.read(run.dir)).causes == dict(told)
+    found = goodput.fold(goodput_records.read(run.dir))
+    assert found.causes == dict(told)
+    assert [(number, attempt) for number, attempt, _, _ in account.restarts] == [(1, True), (2, False), (3, True)]
+    assert [dict(causes) for _, _, _, causes in account.restarts] == [dict(+resume.causes) for resume in found.resumes]
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_none_and_the_snapshot_stays_json(written):
