@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from openmoe.platform.run.run_dir import RunDir
 
 _STYLES = {"prompt": "bold cyan", "sentinel": "bold magenta", "end": "dim", "text": ""}
-# By the first letter: regular, extreme, sequential, none.
-_DENOISERS = {"R": "green", "X": "yellow", "S": "blue", "n": "magenta"}
+# By the first letter: regular, extreme, sequential, next_token, chat.
+_DENOISERS = {"R": "green", "X": "yellow", "S": "blue", "n": "magenta", "c": "green"}
 
 
 def explain(

@@ -118,6 +118,9 @@ def test_a_run_on_gs_is_fine_tuned_from_one_there_by_the_real_driver_and_answers
 
     [answer] = openmoe("generate", place, "--format", "chat", "--max-tokens", "4", "--json", "What is 3 and 4?")
     assert (answer["prompt"], 1 <= len(answer["ids"]) <= 4) == ("What is 3 and 4?", True)
+    shown = CliRunner().invoke(cli.app, ["data", "explain", place, "--row", "0"])
+    assert shown.exit_code == 0, shown.output
+    assert "segment 1: denoiser chat, " in shown.stdout
     proven = openmoe("ledger", "verify", place, "--json")
     assert (proven["compared"], proven["head"]) == (4, run.newest_accepted().ledger_head)
 
