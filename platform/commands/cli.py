@@ -23,6 +23,7 @@ from openmoe.platform.commands import (
     cli_render,
     cli_replay,
     cli_schedule,
+    cli_warm,
     tables,
 )
 
@@ -136,6 +137,7 @@ app.command()(cli_generate.generate)
 app.command()(cli_goodput.goodput)
 app.command()(cli_profile.profile)
 app.command()(cli_plan.plan)
+app.command()(cli_warm.warm)
 app.command()(cli_replay.replay)
 
 

@@ -24,7 +24,7 @@ import time
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jaxlib
@@ -33,7 +33,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from openmoe.pipelines import storage
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train.recorder import Recorder
 
 OFF = "none"
 KEEP_EVERY_S = 5.0
@@ -42,8 +41,15 @@ FOLDER_PREFIX = "openmoe-programs-"
 REQUESTED, LOADED = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
 
 
+class Records(Protocol):
+    """Who is told of events: an incarnation's recorder, or whoever compiles ahead of it."""
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Takes something that happened."""
+
+
 @contextlib.contextmanager
-def used(spec: RunSpec, recorder: Recorder) -> Generator[Programs]:
+def used(spec: RunSpec, recorder: Records) -> Generator[Programs]:
     """Uses the run's compile cache in this process, unless JAX_COMPILATION_CACHE_DIR names one already, as tests do.
 
     What cannot be fetched or kept is compiled again: the cache saves time, and a run does not end for it.
@@ -94,7 +100,7 @@ def _processor() -> tuple[str, ...]:
 class Programs:
     """The programs of one process: counted, fetched, kept."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Records) -> None:
         self._recorder = recorder
         self._requested = self._loaded = self._fetched = self._refused = 0
         self._not_kept, self._error = 0, ""

@@ -63,6 +63,17 @@ def work(config: dict[str, Any]) -> None:
         train_loop.train(spec, run, claim, config["manifest"], *hooks)
 
 
+def warm(config: dict[str, Any]) -> None:
+    """Compiles ahead what a run needs on this group.
+
+    Args:
+      config: "spec" (JSON of the RunSpec).
+    """
+    from openmoe.platform.train import compile_ahead
+
+    compile_ahead.compile_ahead(RunSpec.model_validate_json(config["spec"]))
+
+
 def watched(
     board: Any,
     rank: int,
