@@ -31,15 +31,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-try:
-    installed = importlib.util.find_spec("openmoe.pipelines")
-except ModuleNotFoundError:
-    installed = None
-if installed is None:  # a clone that was not installed: its folders are the package's
-    package = types.ModuleType("openmoe")
-    package.__path__ = [str(Path(__file__).resolve().parents[1])]
-    sys.modules["openmoe"] = package
 sys.path.insert(0, str(Path(__file__).parent))
+import clone
 
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines import objectives, passes, shards, sources, stdlib_corpus, token_cache, tokenizer
@@ -349,7 +342,7 @@ def main() -> None:
         corpus = write_corpus(folder, chosen.tokenizer, chosen.text_bytes)
         tokenized = tokenizing(corpus, chosen.repeats)
         rates = [*tokenized, *packing(corpus, tokenized, chosen.repeats), *reading(corpus, chosen.repeats)]
-        if installed is not None:
+        if clone.is_installed:
             rates += building(corpus, chosen.repeats)
         report(corpus, rates)
     if chosen.json:

@@ -13,7 +13,6 @@ save's. The last step of a block waits for its save, as one that does not run be
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -21,20 +20,11 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-try:
-    installed = importlib.util.find_spec("openmoe.platform")
-except ModuleNotFoundError:
-    installed = None
-if installed is None:  # a clone that was not installed: its folders are the package's
-    package = types.ModuleType("openmoe")
-    package.__path__ = [str(Path(__file__).resolve().parents[1])]
-    sys.modules["openmoe"] = package
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

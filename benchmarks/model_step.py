@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,14 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-try:
-    installed = importlib.util.find_spec("openmoe.model")
-except ModuleNotFoundError:
-    installed = None
-if installed is None:  # a clone that was not installed: its folders are the package's
-    package = types.ModuleType("openmoe")
-    package.__path__ = [str(Path(__file__).resolve().parents[1])]
-    sys.modules["openmoe"] = package
+sys.path.insert(0, str(Path(__file__).parent))
+import clone  # noqa: F401
 
 from openmoe.model import losses, moe, sharding, step
 from openmoe.model.config import PRESETS, ModelConfig
