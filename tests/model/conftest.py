@@ -5,6 +5,7 @@ a test that wants fewer gives `make_mesh` the devices it wants.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -26,6 +27,29 @@ jax.config.update("jax_compilation_cache_dir", f"{os.environ['JAX_COMPILATION_CA
 
 SMALL = Path(__file__).parent / "goldens"
 FULL = Path(__file__).resolve().parents[3] / "shared" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def config(moe_config):
+    """Two MoE layers, each a block, and eight experts, so that every mesh of eight devices can hold them."""
+    return replace(moe_config, num_layers=2, moe_every=1, num_experts=8)
+
+
+@pytest.fixture(scope="session")
+def packed_batch():
+    """Returns packed_batch(rows, seq, microbatches=1): two segments a row, the second one cut short by padding."""
+
+    def make(rows, seq, microbatches=1):
+        shape = (microbatches, rows, seq)
+        target_ids = np.random.default_rng(0).integers(2, 512, shape, dtype=np.int32)
+        segment_ids = np.where(np.arange(seq) < seq // 2, 1, 2) * np.ones(shape, np.int32)
+        target_ids[..., -4:], segment_ids[..., -4:] = 0, 0
+        input_ids = np.roll(target_ids, 1, axis=-1)
+        input_ids[..., [0, seq // 2, -3, -2, -1]] = 0
+        ids = {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids, "positions": segment_ids}
+        return ids | {"loss_weights": (target_ids > 0).astype(np.float32)}
+
+    return make
 
 
 @pytest.fixture(scope="session")

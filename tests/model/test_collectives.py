@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -15,33 +14,15 @@ KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute|coll
 COLLECTIVE = re.compile(rf'= (.*?) ({KINDS}|ragged-all-to-all)(?:-start)?\((?:.*op_name="([^"]*)")?')
 
 
-def batch_of(*, rows, seq):
-    """One microbatch of two packed segments a row, the second one cut short by padding."""
-    shape = (1, rows, seq)
-    target_ids = np.random.default_rng(0).integers(2, 512, shape, dtype=np.int32)
-    segment_ids = np.where(np.arange(seq) < seq // 2, 1, 2) * np.ones(shape, np.int32)
-    target_ids[..., -4:], segment_ids[..., -4:] = 0, 0
-    input_ids = np.roll(target_ids, 1, axis=-1)
-    input_ids[..., [0, seq // 2, -3, -2, -1]] = 0
-    ids = {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids, "positions": segment_ids}
-    return ids | {"loss_weights": (target_ids > 0).astype(np.float32)}
-
-
 @pytest.fixture(scope="module")
-def config(moe_config):
-    """Two MoE layers and eight experts, so that every mesh of eight devices can hold them."""
-    return replace(moe_config, num_layers=2, moe_every=1, num_experts=8)
-
-
-@pytest.fixture(scope="module")
-def exchanged(config, mesh_of):
+def exchanged(config, mesh_of, packed_batch):
     """Returns exchanged(rows): (kind, numbers that a device gets, where in the model) of each collective."""
     mesh, found = mesh_of(2, 4), {}
 
     def of(rows):
         if rows not in found:
             state = step.state_shapes(config, AdafactorConfig(), mesh)
-            batch = jax.device_put(batch_of(rows=rows, seq=64), sharding.batch_sharding(mesh))
+            batch = jax.device_put(packed_batch(rows=rows, seq=64), sharding.batch_sharding(mesh))
             program = step.make_train_step(config, AdafactorConfig(), mesh).lower(state, batch).compile().as_text()
             found[rows] = [(kind, size(shapes), where) for shapes, kind, where in COLLECTIVE.findall(program)]
         return found[rows]
@@ -79,14 +60,14 @@ def test_all_else_are_the_gradients_once_and_some_statistics(exchanged, config):
 
 
 @pytest.fixture(scope="module")
-def gradients_on(config, mesh_of):
+def gradients_on(config, mesh_of, packed_batch):
     """Returns gradients_on(data, expert): gradients and metrics of a batch with one group for each of 8 devices."""
     params = jax.device_get(step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 1)).params)
 
     def run(data, expert):
         mesh = mesh_of(data, expert)
         layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, AdafactorConfig(), mesh).params)
-        batch = jax.device_put(batch_of(rows=16, seq=32), sharding.batch_sharding(mesh))
+        batch = jax.device_put(packed_batch(rows=16, seq=32), sharding.batch_sharding(mesh))
         gradients = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch))
         return jax.device_get(gradients(jax.device_put(params, layout), batch))
 

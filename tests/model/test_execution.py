@@ -16,29 +16,22 @@ ADAFACTOR = AdafactorConfig()
 SCANNED = ExecutionConfig(scan_blocks=True, remat="dots")
 
 
-def batch_of(*, rows, seq, microbatches=1):
-    """Two packed segments a row, the second one cut short by padding; rows carry different numbers of losses."""
-    rng, shape = np.random.default_rng(0), (microbatches, rows, seq)
-    target_ids = rng.integers(2, 512, shape, dtype=np.int32)
-    segment_ids = np.where(np.arange(seq) < seq // 2, 1, 2) * np.ones(shape, np.int32)
-    target_ids[..., -4:], segment_ids[..., -4:] = 0, 0
-    input_ids = np.roll(target_ids, 1, axis=-1)
-    input_ids[..., [0, seq // 2, -3, -2, -1]] = 0
-    weights = (target_ids > 0) * (np.arange(seq) >= rng.integers(0, seq // 2, (microbatches, rows, 1)))
-    ids = {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids, "positions": segment_ids}
-    return ids | {"loss_weights": weights.astype(np.float32)}
+@pytest.fixture(scope="module")
+def uneven_batch(packed_batch):
+    """Returns what `packed_batch` does, with rows that carry different numbers of losses."""
+
+    def make(rows, seq, microbatches=1):
+        batch = packed_batch(rows, seq, microbatches)
+        begins = np.random.default_rng(1).integers(0, seq // 2, (microbatches, rows, 1))
+        return batch | {"loss_weights": batch["loss_weights"] * (np.arange(seq) >= begins)}
+
+    return make
 
 
 @pytest.fixture(scope="module")
-def config(moe_config):
-    """Two blocks of one layer; eight experts, so that a mesh of eight devices can hold them."""
-    return replace(moe_config, num_layers=2, moe_every=1, num_experts=8)
-
-
-@pytest.fixture(scope="module")
-def gradients(config, mesh_of):
+def gradients(config, mesh_of, uneven_batch):
     """Returns gradients(data, expert, fsdp, tensor, execution): of two microbatches of 16 rows, with their metrics."""
-    batch = batch_of(rows=16, seq=32, microbatches=2)
+    batch = uneven_batch(rows=16, seq=32, microbatches=2)
     initial = jax.device_get(step.init_state(config, ADAFACTOR, 0, mesh_of(1, 1)).params)
 
     @functools.cache
@@ -88,13 +81,13 @@ def test_each_device_cuts_its_own_rows_into_parts(mesh_of):
     assert np.asarray(parts["rows"])[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
-def test_one_compilation_serves_all_steps_and_states_are_freely_rearranged(config, mesh_of):
+def test_one_compilation_serves_all_steps_and_states_are_freely_rearranged(config, mesh_of, uneven_batch):
     mesh = mesh_of(1, 2, 2, 1)
     train_step = step.make_train_step(config, ADAFACTOR, mesh, SCANNED)
     state = step.init_state(config, ADAFACTOR, 0, mesh, SCANNED)
     plain = jax.device_get(step.plain(config, ADAFACTOR, mesh, SCANNED, state))
     jax.tree.map(np.testing.assert_array_equal, plain, jax.device_get(step.init_state(config, ADAFACTOR, 0, mesh)))
-    batch = jax.device_put(batch_of(rows=16, seq=32), sharding.batch_sharding(mesh))
+    batch = jax.device_put(uneven_batch(rows=16, seq=32), sharding.batch_sharding(mesh))
     for _ in range(2):
         state, _ = train_step(state, batch)
         state = step.plain(config, ADAFACTOR, mesh, SCANNED, state)

@@ -168,24 +168,6 @@ def test_cosine_and_linear_cooldown_are_those_of_optax(warmup, length, final):
         np.testing.assert_allclose(found, jax.vmap(wanted)(np.arange(150)), rtol=1e-4, atol=1e-5)
 
 
-def batch_of(microbatches=1, rows=8, seq=32):
-    """Two packed segments and some padding in each row."""
-    rng, shape = np.random.default_rng(0), (microbatches, rows, seq)
-    target_ids = rng.integers(2, 512, shape, dtype=np.int32)
-    segment_ids = np.where(np.arange(seq) < seq // 2, 1, 2) * np.ones(shape, np.int32)
-    target_ids[..., -4:], segment_ids[..., -4:] = 0, 0
-    input_ids = np.roll(target_ids, 1, axis=-1)
-    input_ids[..., [0, seq // 2, -3, -2, -1]] = 0
-    ids = {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids, "positions": segment_ids}
-    return ids | {"loss_weights": (target_ids > 0).astype(np.float32)}
-
-
-@pytest.fixture(scope="module")
-def config(moe_config):
-    """Two blocks of one layer and eight experts, so that a mesh of eight devices can hold them."""
-    return replace(moe_config, num_layers=2, moe_every=1, num_experts=8)
-
-
 GROUPS = (GroupConfig(match=("decoder/layers_0/*", "*/router/*"), learning_rate_factor=0.5, weight_decay=0.5),)
 TRAINED = [
     AdamWConfig(warmup_steps=0, learning_rate=0.01, epsilon=1e-4, groups=GROUPS, max_grad_norm=0.5),
@@ -194,9 +176,9 @@ TRAINED = [
 
 
 @pytest.fixture(scope="module")
-def gradients(config, mesh_of):
+def gradients(config, mesh_of, packed_batch):
     """Returns the initial parameters, and gradients(parameters) on one device, all on the host."""
-    mesh, batch = mesh_of(1, 1), batch_of()
+    mesh, batch = mesh_of(1, 1), packed_batch(8, 32)
     compute = jax.jit(lambda params: step.gradients(config, mesh, params, batch))
     params = jax.device_get(step.init_state(config, AdafactorConfig(), 0, mesh).params)
     return params, lambda params: jax.device_get(compute(params))
