@@ -1,1 +1,1 @@
-"""Where Ray runs: this machine now, clusters from YAML later."""
+"""Where Ray runs: the cluster file, what Ray and KubeRay make of it, and a twin of a TPU cluster on this machine."""

@@ -29,9 +29,8 @@ def present(config: DataConfig, say: Callable[[str], None]) -> tuple[DataConfig,
     except ValueError as error:
         raise DataError(f"sources: {', '.join(missing)} is missing, and without it: {error}") from error
     for number, weights in enumerate(left.weights_by_stage(), 1):
-        shares = ", ".join(
-            f"{source.name} {weight / sum(weights):.2%}" for source, weight in zip(left.sources, weights, strict=True)
-        )
+        of_streams = zip(left.stream_names(), weights, strict=True)
+        shares = ", ".join(f"{name} {weight / sum(weights):.2%}" for name, weight in of_streams if weight)
         stage = f" in stage {number}" if left.stages else ""
         say(f"MISSING SOURCE {', '.join(missing)}: no file matches; the others take its rows{stage}: {shares}")
     return left, missing

@@ -133,10 +133,7 @@ def page(spec: RunSpec, assumptions: Assumptions, command: str) -> str:
         batch=f"{batch}, {spec.train.microbatches} microbatches of {rows}",
         mfu=f"{assumptions.mfu:.0%}",
         table=_markdown(COLUMNS, table(spec, assumptions)),
-        peaks=_markdown(
-            ("preset", "slice", "mesh", "remat", "microbatches", "parts", "compiler, GiB", "estimate", "off"),
-            peaks(spec),
-        ),
+        peaks=_markdown(PEAK_COLUMNS, peaks(spec)),
         optimizers=_markdown(("preset", "adafactor", "adamw", "muon"), optimizer_states()),
         legal=_markdown(("preset", "parameters", "group", "data x fsdp x expert", "expert", "tensor"), legal(spec)),
     )
@@ -171,7 +168,8 @@ The run file's own mesh is taken where it is for so many chips and fits, else th
 - **Best** is the way that fits with the least time if arithmetic, memory and links ran at their peak one after the
   other.
 - **Speed** is an assumption: a share (mfu) of the chips' bfloat16 peak, model FLOPs alone, or less where memory or
-  links do not allow so much. No accelerator has run this code. Measure yours and give it with `--mfu`.
+  links do not allow so much. No TPU has run this code, and of GPUs a single one ([speed](speed.md)). Measure
+  yours and give it with `--mfu`.
 - **Time and money** are drawn up to 400 times with a fixed seed: intervals between preemptions and waits for machines
   are exponential; each preemption costs a restart and what was done since the last checkpoint. Shown are the median,
   and what one in ten stays below or exceeds. Prices, rates and waits are in `platform/planner/plan_assumptions.yaml`,

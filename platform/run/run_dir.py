@@ -13,7 +13,7 @@ tensorboard/              the metrics as event files (event_files.py)
 compile_cache/            compiled programs, unless cluster.compile_cache names another folder (compile_cache.py)
 profiles/                 what was asked of a live run, and its answers (profiling.py)
 stacks/                   where the threads of a worker stood that was stuck (stacks.py)
-data/                     token cache, shards, manifest (unless data.dir says otherwise)
+data/                     token cache, shards, manifest (unless data_dir says otherwise)
 finished.json             the end of a successful run
 """
 

@@ -12,14 +12,14 @@ what is accepted must be in one, and between saves only when it holds a good par
 
 from __future__ import annotations
 
-import math
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from openmoe.pipelines import storage
 from openmoe.platform.run import journal
+from openmoe.platform.train import health
 
 LEAST_SHARE = 0.01  # of the steps so far, in a file that is closed between saves
 
@@ -54,15 +54,10 @@ def scalars(record: Mapping[str, Any], *, row_tokens: int) -> dict[str, float]:
     values["speed/tokens_per_s"] = (end_row - first_row) * row_tokens / max(record["step_s"], 1e-9)
     for layer, load in enumerate(record.get("expert_load", ())):
         values[f"expert_load/layer_{layer}_largest"] = max(load)
-        values[f"expert_load/layer_{layer}_evenness"] = _evenness(load)
+        values[f"expert_load/layer_{layer}_evenness"] = health.load_entropy(load)
     for layer, entropy in enumerate(record.get("router_entropy", ())):
         values[f"router_entropy/layer_{layer}"] = entropy
     return values
-
-
-def _evenness(shares: Sequence[float]) -> float:
-    entropy = -math.fsum(share * math.log(share) for share in shares if share > 0)
-    return entropy / math.log(len(shares)) if len(shares) > 1 else 1.0
 
 
 class EventFiles:

@@ -72,7 +72,7 @@ class Saver:
             return state, Position()
         if accepted.data_id != self._data_id:
             raise RunDirError(
-                f"data.dir: holds data set {self._data_id}, the run was trained on {accepted.data_id}; "
+                f"data_dir: holds data set {self._data_id}, the run was trained on {accepted.data_id}; "
                 "restore that folder, or choose another run_dir"
             )
         template = step.state_shapes(spec.model, spec.optimizer, mesh)

@@ -76,8 +76,10 @@ class WandbCurves:
         self._outbox.put(record)
 
     def accepted(self, step: int) -> None:
-        """Lets go of the steps up to that of an accepted checkpoint."""
-        self._to_send.put(self._outbox.accepted(step))
+        """Lets go of the steps up to that of an accepted checkpoint; nobody keeps them where W&B was given up."""
+        records = self._outbox.accepted(step)
+        if self._thread and self._thread.is_alive():
+            self._to_send.put(records)
 
     def close(self) -> None:
         """Waits a while until W&B has what was let go."""
@@ -86,10 +88,10 @@ class WandbCurves:
             self._thread.join(CLOSE_S)
 
     def _send_all(self, step: int) -> None:
-        wandb = importlib.import_module("wandb")  # optional, so that type checkers may not find it
-        record = self._run.record()
-        settings = wandb.Settings(console="off", disable_git=True, disable_code=True, init_timeout=INIT_S)
         try:
+            wandb = importlib.import_module("wandb")  # optional, so that type checkers may not find it
+            record = self._run.record()
+            settings = wandb.Settings(console="off", disable_git=True, disable_code=True, init_timeout=INIT_S)
             there = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "openmoe"),
                 id=run_id(record),

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from openmoe.pipelines import limits
 from openmoe.pipelines.config import DataConfig, SourceConfig, StageConfig
 
 SOURCE = {"name": "c4", "format": "redpajama", "paths": ("c4/*.jsonl",), "weight": 1.0}
@@ -95,3 +96,19 @@ def test_the_objective_of_a_token_is_that_of_its_stage():
 def test_with_one_objective_streams_are_the_sources():
     plain = DataConfig(**DATA)
     assert (plain.streams(), plain.stream_names(), plain.weights_by_stage()) == ([(0, "ul2")], ["c4"], [(1.0,)])
+
+
+def test_the_rows_of_a_missing_source_go_to_the_others_in_each_stage(tmp_path):
+    (tmp_path / "there").touch()
+    here = {"format": "text", "paths": (f"{tmp_path}/there",)}
+    book = SourceConfig(name="book", format="text", paths=(f"{tmp_path}/gone",), missing="renormalize")
+    stages = (
+        StageConfig(until_tokens=512, weights={"wiki": 3, "code": 1, "book": 1}),
+        StageConfig(weights={"wiki": 1, "book": 1}, objective="next_token"),
+    )
+    sources = (SourceConfig(name="wiki", **here), SourceConfig(name="code", **here), book)
+    said = []
+    left, missing = limits.present(DataConfig(**DATA | {"sources": sources, "stages": stages}), said.append)
+    assert ([source.name for source in left.sources], missing) == (["wiki", "code"], ["book"])
+    begin = "MISSING SOURCE book: no file matches; the others take its rows in stage"
+    assert said == [f"{begin} 1: wiki ul2 75.00%, code ul2 25.00%", f"{begin} 2: wiki next_token 100.00%"]

@@ -50,6 +50,19 @@ def test_a_worker_without_wandb_is_one_line(run, monkeypatch):
         WandbCurves(run, row_tokens=1)
 
 
+def test_what_a_wandb_that_was_given_up_would_get_is_not_kept(run, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # it is there, and cannot be imported
+    curves = WandbCurves(run, row_tokens=1)
+    curves.begin(0)
+    curves._thread.join(20)
+    assert "wandb: import of wandb halted" in capsys.readouterr().err
+    curves.append(record(1))
+    curves.accepted(1)
+    assert curves._to_send.empty()
+    curves.close()
+
+
 def records_of(data):
     """The records of a W&B file: a LevelDB log behind 7 bytes, in blocks of 32 KiB."""
     at, found = 7, b""
