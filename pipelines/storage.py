@@ -341,6 +341,8 @@ def _reason(error: Exception) -> str:
             return "permission denied; change its permissions or run as its owner"
         case errno.ENOENT:
             return "no such file or folder"
+        case errno.ENOTDIR:
+            return "not a folder, or in none"
         case errno.EROFS:
             return "the file system is read-only; choose another directory"
     if isinstance(error, FileNotFoundError):

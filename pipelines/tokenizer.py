@@ -108,4 +108,4 @@ def _file_bytes(uri: str) -> bytes:
     except StorageError as error:
         if isinstance(error.__cause__, IsADirectoryError):
             raise DataError(f"tokenizer: {uri} is a folder; give a spiece.model file") from error
-        raise
+        raise type(error)(f"tokenizer: {error}") from error

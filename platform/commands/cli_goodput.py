@@ -44,7 +44,7 @@ def goodput(
     facts = _json(found, price)
     if capacity is not None:
         trace = goodput_records.capacity(capacity, found.attempts[0].begin_ms / 1000)
-        needed = slices or goodput_records.slices_needed(record)
+        needed = slices or run.spec().cluster.num_slices
         facts["of_wall"] = dict(zip(("run", "perfect"), found.of_wall(trace, needed), strict=True))
     if as_json:
         print(json.dumps({"run": record["name"], **facts}, indent=2))

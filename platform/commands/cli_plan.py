@@ -43,6 +43,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Plan a run before anything is rented: does it fit, how fast, how long, for how much."""
+    from openmoe.pipelines import storage
     from openmoe.platform.commands import tables
     from openmoe.platform.planner import plan as planning
     from openmoe.platform.planner import plan_assumptions, plan_page
@@ -52,7 +53,7 @@ def plan(
     assumed = plan_assumptions.load(assumptions, (*(assume or ()), *(() if mfu is None else (f"mfu={mfu}",))))
     if page is not None:
         command = " ".join(("openmoe plan", run, *(overrides or ()), f"--page {page}"))
-        page.write_text(plan_page.page(loaded, assumed, command))
+        storage.write_durable(str(page), plan_page.page(loaded, assumed, command).encode())
         return
     plans = [planning.plan(loaded, each, assumed, spot=spot) for each in planning.machines_of(loaded, topology or ())]
     found = [section for each in plans for section in planning.sections(each, assumed, spot=spot)]

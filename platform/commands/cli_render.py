@@ -143,14 +143,18 @@ def explain(spec: "ClusterSpec") -> list["Section"]:
 def _run_on(spec: "ClusterSpec", run_path: str) -> tuple["RunSpec", str]:
     """The run, kept in the cluster's storage unless it has a gs:// place of its own, and its resolved file."""
     from openmoe.pipelines import storage
-    from openmoe.platform.jobs import cluster_file
+    from openmoe.platform.jobs import cluster_file, cluster_fit
     from openmoe.platform.run_file import spec as run_spec
-    from openmoe.platform.run_file.spec_errors import SpecError
+    from openmoe.platform.run_file.spec_errors import Problem, SpecError
 
     run = run_spec.load(run_path)
     if not storage.is_remote(run.run_dir):
         run = run_spec.load(run_path, [f"run_dir={storage.join(str(spec.storage), run.name)}"])
-    if problems := [*cluster_file.mismatches(spec, run), *cluster_file.local_paths(run)]:
+    problems = [*cluster_fit.misfits(run.cluster, spec), *cluster_file.local_paths(run)]
+    if run.cluster.accelerator == "cpu":
+        message = f"cpu, but cluster {spec.name} is made for this run alone, of TPUs; write tpu"
+        problems.insert(0, Problem("cluster.accelerator", message))
+    if problems:
         raise SpecError(problems, run_path)
     return run, run_spec.dump(run)
 

@@ -1,7 +1,6 @@
 """The cluster file, read as strictly as a run file: one frozen `ClusterSpec`, or every problem at once."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
@@ -41,35 +40,6 @@ def load(path_or_name: str, overrides: Sequence[str] = ()) -> ClusterSpec:
 def dump(spec: ClusterSpec) -> str:
     """The settings that are not defaults, as a cluster file that `load` reads back equal."""
     return spec_yaml.dump(spec.model_dump(mode="json", exclude_defaults=True))
-
-
-def mismatches(cluster: ClusterSpec, run: RunSpec) -> list[Problem]:
-    """What a run file asks for that a cluster of TPU slices does not have; paths are those of the run file."""
-    asked = run.cluster
-    if asked.accelerator != "tpu":
-        message = f"{asked.accelerator} is not what cluster {cluster.name} has; write tpu"
-        return [Problem("cluster.accelerator", message)]
-    wanted = {
-        "accelerator_type": (asked.accelerator_type, cluster.ray_accelerator_type),
-        "topology": (asked.topology, cluster.topology),
-        "devices_per_worker": (asked.devices_per_worker, cluster.devices_per_host),
-    }
-    problems = [
-        Problem(f"cluster.{key}", f"{show(value)} is not what cluster {cluster.name} has; write {there}")
-        for key, (value, there) in wanted.items()
-        if value != there
-    ]
-    if asked.cpus_per_worker > cluster.host_cpus:
-        remedy = f"write host_cpus: {math.ceil(asked.cpus_per_worker)} in the cluster file"
-        message = (
-            f"a worker reserves {asked.cpus_per_worker:g}, a host of cluster {cluster.name} offers {cluster.host_cpus}"
-        )
-        problems.append(Problem("cluster.cpus_per_worker", f"{message}; {remedy}"))
-    counts = [cluster.hosts_per_slice * slices for slices in range(1, cluster.slices + 1)]
-    if asked.num_workers not in counts:
-        message = f"one worker a host of whole slices: one of {', '.join(map(str, counts))}; got {asked.num_workers}"
-        problems.append(Problem("cluster.num_workers", message))
-    return problems
 
 
 def local_paths(run: RunSpec) -> list[Problem]:

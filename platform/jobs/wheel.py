@@ -14,10 +14,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import secrets
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from openmoe.pipelines import storage
 
 FOLDERS = ("platform", "model", "pipelines", "clusters", "runs")
 _TAG = "py3-none-any"
@@ -31,10 +32,7 @@ def built_wheel(folder: Path) -> Path:
     path = folder / f"openmoe-{version}-{_TAG}.whl"
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{path.name}.{secrets.token_hex(6)}"
-    unfinished.write_bytes(_packed(files, version))
-    unfinished.replace(path)
+    storage.write_durable(str(path), _packed(files, version))
     return path
 
 

@@ -51,15 +51,6 @@ def _with(steps: Steps | None, record: dict[str, Any], *, counts: bool) -> Steps
     return steps._replace(kept_s=end_s, wait_s=steps.wait_s + wait_s)
 
 
-def slices_needed(record: dict[str, Any]) -> int:
-    """Returns how many slices a run asks for, as run.json has it; 1 where there are no slices."""
-    cluster = record["spec"]["cluster"]
-    if not cluster.get("topology"):
-        return 1
-    workers_a_slice = math.prod(map(int, cluster["topology"].split("x"))) // cluster["devices_per_worker"]
-    return max(-(-cluster["num_workers"] // max(workers_a_slice, 1)), 1)
-
-
 def capacity(path: str, begin_s: float) -> list[tuple[float, int]]:
     """Reads a capacity trace: lines "time,slices", the time in Unix seconds or ISO 8601, oldest first.
 
@@ -67,7 +58,11 @@ def capacity(path: str, begin_s: float) -> list[tuple[float, int]]:
       RunDirError: a line cannot be read, or nothing is said about `begin_s`.
     """
     found: list[tuple[float, int]] = []
-    for number, line in enumerate(storage.read_bytes(path).decode().splitlines(), start=1):
+    try:
+        lines = storage.read_bytes(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise RunDirError(f"{path}: no text in UTF-8; write lines of time,slices as 1764115200,2") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.startswith(("#", "time")):
             continue
         time_text, _, slices_text = line.partition(",")

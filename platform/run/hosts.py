@@ -177,9 +177,7 @@ def wait_for_slices(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
     """
     if cluster.accelerator != "tpu" or cluster.topology is None or cluster.accelerator_type is None:
         return
-    workers_a_slice = math.prod(map(int, cluster.topology.split("x"))) // cluster.devices_per_worker
-    wanted = -(-cluster.num_workers // workers_a_slice)
-    said_s = -math.inf
+    said_s, wanted = -math.inf, cluster.num_slices
     while (ready := _num_whole_slices(cluster.topology, cluster.accelerator_type)) < wanted:
         if time.monotonic() - said_s > 30:
             said_s = time.monotonic()

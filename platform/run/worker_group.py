@@ -218,7 +218,7 @@ def scaling_config(cluster: ClusterConfig) -> ScalingConfig:
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     match cluster.accelerator:
         case "tpu":
-            resources["TPU"] = cluster.devices_per_worker
+            resources["TPU"] = cluster.chips_per_worker
             return ScalingConfig(
                 num_workers=cluster.num_workers,
                 use_tpu=True,

@@ -9,6 +9,7 @@ import fnmatch
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from openmoe.clusters import tpu
 from openmoe.model import counts
 from openmoe.model.config import ExecutionConfig, ModelConfig
 from openmoe.model.optimizer_config import OptimizerConfig
@@ -24,6 +25,8 @@ from openmoe.platform.run_file.spec_sections import (
     TrainConfig,
 )
 from openmoe.platform.train import saturation
+
+_OLD_TPUS = ("TPU-V2", "TPU-V3")  # which Ray knows; here nothing is known of their slices
 
 
 class Mesh(NamedTuple):
@@ -51,6 +54,7 @@ def impossible_combinations(
         *_mesh(mesh, cluster, model),
         *_slices(mesh, model),
         *_cluster(cluster),
+        *_tpu_slices(cluster),
         *_parameter_groups(optimizer, model),
     ]
 
@@ -170,6 +174,29 @@ def _cluster(cluster: ClusterConfig) -> Iterator[Problem]:
                 f"cluster.{field}",
                 f"only means something when accelerator is tpu (it is {cluster.accelerator}); remove it",
             )
+
+
+def _tpu_slices(cluster: ClusterConfig) -> Iterator[Problem]:
+    """Slices that do not exist, for which a run would wait for ever, and workers that do not fill them."""
+    if cluster.accelerator != "tpu" or cluster.accelerator_type is None or cluster.topology is None:
+        return
+    types = [tpu.ray_accelerator_type(kind) for kind in tpu.GENERATIONS]
+    if (kind := cluster.generation) is None:
+        if cluster.accelerator_type not in _OLD_TPUS:
+            message = f"must be one of {', '.join(types)}, got {cluster.accelerator_type}"
+            yield Problem("cluster.accelerator_type", message)
+        return
+    if cluster.topology not in (topologies := tpu.GENERATIONS[kind].topologies):
+        message = f"no {kind} slice is {cluster.topology}; write one of {', '.join(topologies)}"
+        yield Problem("cluster.topology", message)
+        return
+    hosts, chips = tpu.hosts_per_slice(kind, cluster.topology), tpu.chips_per_host(kind, cluster.topology)
+    if cluster.num_workers % hosts:
+        message = f"must be a multiple of the {hosts} hosts of a {kind} slice of {cluster.topology}"
+        yield Problem("cluster.num_workers", f"{message}, got {cluster.num_workers}")
+    if cluster.devices_per_worker > (most := chips * tpu.GENERATIONS[kind].devices_per_chip):
+        message = f"must be at most {most}, the devices of a host of {chips} {kind} chips"
+        yield Problem("cluster.devices_per_worker", f"{message}, got {cluster.devices_per_worker}")
 
 
 def _parameter_groups(optimizer: OptimizerConfig, model: ModelConfig) -> Iterator[Problem]:

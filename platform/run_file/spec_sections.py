@@ -249,12 +249,24 @@ class ClusterConfig(Section):
         return f"{self.num_workers} workers with {self.devices_per_worker} {self.accelerator} devices each{slices}"
 
     @property
+    def generation(self) -> str | None:
+        """TPU generation, as cluster files name it; None where there are no TPUs, or those of a type not known here."""
+        kinds = (kind for kind in tpu.GENERATIONS if tpu.ray_accelerator_type(kind) == self.accelerator_type)
+        return next(kinds, None) if self.accelerator == "tpu" else None
+
+    @property
     def num_slices(self) -> int:
         """TPU slices of all workers together; 1 where there are none, or none that is known."""
-        kinds = [kind for kind in tpu.GENERATIONS if tpu.ray_accelerator_type(kind) == self.accelerator_type]
-        if self.accelerator != "tpu" or not kinds or self.topology is None:
+        if self.generation is None or self.topology is None:
             return 1
-        return max(self.num_workers // tpu.hosts_per_slice(kinds[0], self.topology), 1)
+        return max(self.num_workers // tpu.hosts_per_slice(self.generation, self.topology), 1)
+
+    @property
+    def chips_per_worker(self) -> int:
+        """TPU chips that a worker asks Ray for: fewer than its devices where JAX sees several of a chip, as on v7x."""
+        if self.generation is None or self.topology is None:
+            return self.devices_per_worker
+        return min(self.devices_per_worker, tpu.chips_per_host(self.generation, self.topology))
 
 
 class BudgetsConfig(Section):

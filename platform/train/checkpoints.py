@@ -18,7 +18,7 @@ from openmoe.platform.run import run_dir as run_dirs
 from openmoe.platform.run.lineage import Acceptance
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import restore
+from openmoe.platform.train import init_source, restore
 
 _PART_NUMBERS = 2**20  # compared at a time
 
@@ -171,9 +171,7 @@ def compare(path_a: str, path_b: str, report: interop.Report = lambda *progress:
 
 
 def _facts(path: str) -> dict[str, Any]:
-    folder, _, number = path.rpartition("/")
-    facts = checkpoint.Checkpointer(folder or ".").facts(int(number))
-    return {name: value for name, value in facts.items() if name != "sums"}
+    return {name: value for name, value in init_source.facts_of(path).items() if name != "sums"}
 
 
 def _mathematics(path: str) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def _recorded_by_checkpoint(path: str) -> str | None:
             f"init_from: {path}: no run directory, and no checkpoint of Orbax; give the path of one step, such as "
             "DIR/1000; `openmoe convert --to orbax` makes one of T5X or Hugging Face"
         )
-    facts: dict[str, Any] = {}
-    if "loader" in parts:
-        facts = json.loads(storage.read_bytes(storage.join(path, "loader", "metadata")))
-    return facts.get(TOKENIZER)
+    return facts_of(path).get(TOKENIZER)
+
+
+def facts_of(path: str) -> dict[str, Any]:
+    """Returns the facts inside a checkpoint of Orbax, whatever its folder is called; none of one that has none."""
+    content = storage.read_if_present(storage.join(path, "loader", "metadata"))
+    return json.loads(content) if content else {}

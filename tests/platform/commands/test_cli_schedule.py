@@ -176,8 +176,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_scheduled(home, arguments, err
 
 
 def test_a_run_that_can_never_fit_its_cluster_is_refused_now(home):
-    tpu = ["cluster.accelerator=tpu", "cluster.topology=4x4x4", "cluster.accelerator_type=TPU-V4"]
-    with pytest.raises(SpecError, match=r"cluster\.topology: 4x4x4 does not fit"):
+    tpu = ["cluster.accelerator=tpu", "cluster.topology=2x2x1", "cluster.accelerator_type=TPU-V4"]
+    with pytest.raises(SpecError, match=r"cluster\.topology: '2x2x1' is not what cluster local has; write 2x2x2"):
         schedule("add", "quickstart", *tpu, *NIGHTLY, "--cluster", "local")
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from openmoe.pipelines import storage
 from openmoe.platform.commands import cli
-from openmoe.platform.run import attempt_log, goodput, goodput_records, journal
+from openmoe.platform.run import attempt_log, goodput, journal
 from openmoe.platform.run.attempt_log import AttemptLog
 from openmoe.platform.run.goodput import Driver, Mark, Records, Span, Steps
 from openmoe.platform.run.lineage import Acceptance, Claim
@@ -228,13 +228,14 @@ def test_a_capacity_trace_gives_the_bound_of_the_wall_clock(run, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("\udcff,1\n", "capacity.csv: no text in UTF-8; write lines of time,slices as"),
         ("1,x\n", r"capacity.csv:1: '1,x': .*; write time,slices as 1764115200,2"),
         ("2,1\n1,1\n", r"capacity.csv:2: '1,1': earlier than the line before; sort the lines by time"),
         ("3e12,1\n", r"capacity.csv: says nothing about 1970-01-01T00:16:40\+00:00, when the run began; add a line"),
     ],
 )
 def test_a_bad_capacity_trace_is_one_line(run, tmp_path, text, message):
-    (tmp_path / "capacity.csv").write_text(text)
+    (tmp_path / "capacity.csv").write_text(text, errors="surrogateescape")
     with pytest.raises(RunDirError, match=message):
         openmoe(run.path, "--capacity", str(tmp_path / "capacity.csv"))
 
@@ -244,12 +245,3 @@ def test_a_price_that_is_none_and_a_folder_that_is_no_run_are_one_line(run, tmp_
         openmoe(run.path, "--price-per-hour", "much")
     with pytest.raises(RunDirError, match="nothing: no run is here"):
         openmoe(str(tmp_path / "nothing"))
-
-
-def test_slices_are_those_that_the_run_waits_for():
-    def record(**cluster):
-        return {"spec": {"cluster": {"devices_per_worker": 4, "num_workers": 4, **cluster}}}
-
-    assert goodput_records.slices_needed(record(topology="2x2x2")) == 2
-    assert goodput_records.slices_needed(record(topology="2x2x4")) == 1
-    assert goodput_records.slices_needed(record(topology=None)) == 1

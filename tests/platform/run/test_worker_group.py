@@ -169,6 +169,14 @@ def test_of_bad_input_the_text_is_its_one_line_whatever_trace_it_carries():
             (4, False, True, "2x2x2", "TPU-V4", {"CPU": 2, "TPU": 4}),
             {},
         ),
+        (
+            {
+                **{"accelerator": "tpu", "num_workers": 2, "devices_per_worker": 8},
+                **{"topology": "2x2x2", "accelerator_type": "TPU-V7X"},
+            },
+            (2, False, True, "2x2x2", "TPU-V7X", {"CPU": 1, "TPU": 4}),
+            {},
+        ),
     ],
 )
 def test_ray_is_asked_for_whole_workers_and_jax_finds_their_platform(cluster, asked_for, environment, monkeypatch):

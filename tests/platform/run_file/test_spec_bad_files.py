@@ -299,6 +299,21 @@ COMBINATIONS = {
         "accelerator: tpu\n  topology: 2x2\n  num_workers: 2",
         "19: cluster.accelerator_type: needed when accelerator is tpu; add it, such as `accelerator_type: TPU-V4`",
     ),
+    "a TPU by Google's name and not by Ray's": (
+        "num_workers: 2",
+        "accelerator: tpu\n  accelerator_type: TPU-V5E\n  topology: 4x4\n  num_workers: 2",
+        "21: cluster.accelerator_type: must be one of TPU-V4, TPU-V5P, TPU-V5LITEPOD, TPU-V6E, TPU-V7X, got TPU-V5E",
+    ),
+    "a slice that does not exist": (
+        "num_workers: 2",
+        "accelerator: tpu\n  accelerator_type: TPU-V6E\n  topology: 3x3\n  num_workers: 2",
+        "22: cluster.topology: no v6e slice is 3x3; write one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16",
+    ),
+    "half of a slice": (
+        "num_workers: 2",
+        "accelerator: tpu\n  accelerator_type: TPU-V6E\n  topology: 4x4\n  num_workers: 2",
+        "23: cluster.num_workers: must be a multiple of the 4 hosts of a v6e slice of 4x4, got 2",
+    ),
 }
 
 
