@@ -24,13 +24,14 @@ def explain(spec: RunSpec) -> list[Section]:
 
     Raises:
       SpecError: the tokenizer does not fit the model.
+      RunDirError: `init_from` is none to begin with.
       DataError: the data that is built is less than one step.
     """
     built = validate_data.find_built(spec)
     epoch_rows = built.epoch_rows() if built else None
     known = run_length.resolved(spec, epoch_rows)
     return [
-        Section("run", _run(spec)),
+        Section("run", (*_run(spec), *_init_from(spec))),
         *describe_model(spec.model, seq_len=spec.data.seq_len),
         Section("step", (*_step(spec), *validate_data.length(spec, epoch_rows))),
         Section("data", (*validate_data.rows(known), *validate_data.how(spec), _tokenizer(spec))),
@@ -72,6 +73,23 @@ def _run(spec: RunSpec) -> tuple[Fact, ...]:
         Fact("data_dir", spec.data_dir, spec.data_dir),
         Fact("spec_hash", spec_hash(spec), spec_hash(spec)[:16], "model, data, seed, optimizer, batch"),
     )
+
+
+def _init_from(spec: RunSpec) -> tuple[Fact, ...]:
+    """Returns what a run begins with; raises RunDirError when it cannot be begun with."""
+    from openmoe.pipelines import storage
+    from openmoe.platform.train import init_source
+
+    if spec.init_from is None:
+        return ()
+    if storage.is_remote(spec.init_from) or storage.is_remote(spec.run_dir):
+        note = "not looked for: it is remote; training checks it"
+    else:
+        tokenizer = None if storage.is_remote(spec.data.tokenizer) else check_tokenizer(spec)
+        told: list[str] = []
+        what = init_source.check(spec, tokenizer, told.append) or "not looked for: the run has its own checkpoints"
+        note = f"{what}; it does not say of which tokenizer" if told else what
+    return (Fact("init_from", spec.init_from, spec.init_from, note),)
 
 
 def _step(spec: RunSpec) -> tuple[Fact, ...]:

@@ -12,7 +12,7 @@ from openmoe.model.config import PRESETS
 from openmoe.pipelines import build, explain, stdlib_corpus, tokenizer
 from openmoe.platform.commands import cli
 from openmoe.platform.run.run_dir import RunDir, RunDirError
-from openmoe.platform.run_file import spec
+from openmoe.platform.run_file import spec, validate
 from openmoe.platform.train import init_source
 
 pytestmark = pytest.mark.timeout(300)
@@ -136,14 +136,19 @@ def test_a_source_of_another_tokenizer_is_refused_in_one_line_before_anything_is
     for place in (base.path, checkpoint_path):
         overrides = [*talks[0], f"init_from={place}", f"run_dir={tmp_path}/chat"]
         loaded = spec.load("quickstart", overrides)
-        init_source.check(loaded, same, told.append)
+        assert init_source.check(loaded, same, told.append) in ("step 2 of run quickstart", "a checkpoint of Orbax")
+        assert init_from_of(loaded) == init_source.check(loaded, same, told.append)
+        unlike = spec.load("quickstart", [*overrides, f"data.tokenizer={other_tokenizer}"])
         with pytest.raises(RunDirError) as refused:
-            driver.train(spec.load("quickstart", [*overrides, f"data.tokenizer={other_tokenizer}"]))
+            driver.train(unlike)
+        with pytest.raises(RunDirError) as invalid:
+            validate.explain(unlike)
         assert str(refused.value) == (
             f"init_from: {place} was trained with another tokenizer than data.tokenizer={other_tokenizer} "
             f"(SHA-256 {same.sha256[:16]} there, {other.sha256[:16]} here): its tokens mean other text; "
             "give the tokenizer it was trained with"
         )
+        assert str(invalid.value) == str(refused.value)
     assert told == []
     assert not (tmp_path / "chat").exists()
     assert same.fingerprint != other.fingerprint
@@ -151,7 +156,13 @@ def test_a_source_of_another_tokenizer_is_refused_in_one_line_before_anything_is
     for place in (f"{tmp_path}/nothing", str(tmp_path)):
         nowhere = spec.load("quickstart", [*talks[0], f"init_from={place}", f"run_dir={tmp_path}/chat"])
         with pytest.raises(RunDirError, match=f"^init_from: {place}: no run directory, and no checkpoint of Orbax; "):
-            init_source.check(nowhere, same, told.append)
+            validate.explain(nowhere)
+
+
+def init_from_of(loaded):
+    """What `openmoe validate` says of where a run begins."""
+    [run, *_] = validate.explain(loaded)
+    return run.facts[-1].note
 
 
 @pytest.mark.parametrize("kind", ["hf", "t5x"])
@@ -173,6 +184,7 @@ def test_a_conversion_serves_and_that_its_tokenizer_is_not_known_is_said(base, t
     told, found = [], []
     init_source.check(loaded, tokenizer.load(loaded.data.tokenizer), told.append)
     assert told == [f"init_from: {converted} does not say what tokenizer it was trained with; taken to be the same"]
+    assert init_from_of(loaded) == "a checkpoint of Orbax; it does not say of which tokenizer"
     state = init_from.initial_state(
         loaded, sharding.make_mesh(**loaded.mesh.model_dump()), lambda event, **facts: found.append(facts["digest"])
     )
