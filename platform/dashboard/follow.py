@@ -19,7 +19,10 @@ from openmoe.platform.run.journal import JournalReader
 from openmoe.platform.run.lineage import Claim
 from openmoe.platform.run.run_dir import RunDir
 
-COLUMNS = ("step", "time_s", "step_s", "data_wait_s", "loss", "text_loss", "drop_fraction", "grad_norm")
+COLUMNS = (
+    *("step", "time_s", "step_s", "data_wait_s", "loss", "text_loss"),
+    *("drop_fraction", "router_entropy", "grad_norm"),
+)
 MAX_LOAD_COLUMNS = 400
 # Every process journals these alike; once a worker group is enough.
 OF_LEADER_ONLY = frozenset({"started", "restored", "save_started", "waits_for_data", "charged", "compiled"})
@@ -35,9 +38,14 @@ class StepColumns:
         return len(self._columns["step"])
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a record; what it lacks is NaN, and a run that knows no text loss has its loss there."""
+        """Adds a record; what it lacks is NaN, and a run that knows no text loss has its loss there.
+
+        The routers' entropy is that of the layer where it is least: it is one router that goes wrong.
+        """
+        known: dict[str, Any] = {"text_loss": record.get("loss", math.nan), **record}
+        known["router_entropy"] = min(record.get("router_entropy", ()), default=math.nan)
         for name, column in self._columns.items():
-            column.append(record.get(name, record.get("loss", math.nan) if name == "text_loss" else math.nan))
+            column.append(known.get(name, math.nan))
 
     def at(self, name: str, index: int) -> float:
         """Returns one value of a column; -1 is the newest."""

@@ -33,10 +33,10 @@ RECENT_STEPS = 50
 SPARK_POINTS = 80
 MAX_SENTENCES = 400
 MAX_EVALUATIONS = 400
-COLUMNS = ("step", "time_s", "step_s", "text_loss", "drop_fraction", "grad_norm")
+COLUMNS = ("step", "time_s", "step_s", "text_loss", "drop_fraction", "router_entropy", "grad_norm")
 # Events after which a run has a reason not to show a step.
 WAITS = {"waits_for_data": "waits for data", "renders_data": "is ahead of its data and renders it"}
-CURVES = ("text_loss", "tokens_per_s", "drop_fraction", "grad_norm")
+CURVES = ("text_loss", "tokens_per_s", "drop_fraction", "router_entropy", "grad_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Figures:
       step_s: mean of the newest steps.
       left_s: until the last step at that pace, without interruptions.
       updated_s: when it last showed that it lives.
-      cadence: how often the newest worker group saves, where it has solved that.
+      cadence: how often the newest worker group saves, as the run file says or as it has solved that.
       period: what the last day came to; only for a run's own page.
       problem: why its files cannot be read on.
       read_all: False while an old history is still being read.
@@ -197,8 +197,11 @@ def _with_newest_step(run: RunFollower, view: Figures) -> Figures:
 
 def _cadence(run: RunFollower) -> str:
     newest = run.claims[-1].incarnation if run.claims else 0
-    event = incidents.first([e for e in run.events[::-1] if e["incarnation"] == newest], "cadence")
-    return str(Cadence(**{name: event[name] for name in Cadence._fields})) if event else ""
+    events = [e for e in run.events[::-1] if e["incarnation"] == newest]
+    if event := incidents.first(events, "cadence"):
+        return str(Cadence(**{name: event[name] for name in Cadence._fields}))
+    every = (incidents.first(events, "started") or {}).get("checkpoint_every_steps")
+    return ("every step" if every == 1 else f"every {every:,} steps") if isinstance(every, int) else ""
 
 
 def _state(run: RunFollower, now_s: float) -> tuple[RunState, str]:

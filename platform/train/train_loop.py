@@ -206,7 +206,8 @@ def global_batch(spec: RunSpec, mesh: Mesh, loader: Loader, *, first_row: int) -
 def beginning(spec: RunSpec, mesh: Mesh, loader: Loader) -> dict[str, Any]:
     """Returns what an incarnation says of itself when it starts."""
     facts = {"steps": spec.train.total_steps, "mesh": dict(mesh.shape), "data_id": loader.data_id}
-    return {**facts, "execution": asdict(spec.execution), **fingerprint(), **milestones.times()}
+    facts |= {"execution": asdict(spec.execution), "checkpoint_every_steps": spec.train.checkpoint_every_steps}
+    return {**facts, **fingerprint(), **milestones.times()}
 
 
 def fingerprint() -> dict[str, Any]:

@@ -16,6 +16,7 @@ export class RunPage {
     this.loss = new LineChart({ title: "Is it learning?", note: "cross-entropy, sentinels left out", unit: "nats", height: 300, format: (v) => v.toFixed(3), tick: compact, trend: true });
     this.speed = new LineChart({ title: "How fast?", unit: "tokens/s", height: 190, zero: true });
     this.drops = new LineChart({ title: "Are experts too full?", unit: "choices dropped", height: 190, format: (v) => percent(v, 1), tick: (v) => percent(v), zero: true });
+    this.entropy = new LineChart({ title: "Do all routers choose?", unit: "of an even choice's entropy, least layer", height: 190, format: (v) => percent(v, 1), tick: (v) => percent(v), zero: true });
     this.gradients = new LineChart({ title: "Is it stable?", unit: "gradient norm", height: 190, zero: true });
     this.loss.box.id = "loss";
     this.loss.box.querySelector("header").append(this.#axisSwitch());
@@ -26,7 +27,7 @@ export class RunPage {
     this.heldOut = el("section", { id: "held-out", hidden: true });
     this.samples = el("section", { id: "samples", hidden: true });
     this.facts = el("section", { id: "facts" });
-    const small = el("section", { class: "bare columns" }, this.speed.box, this.drops.box, this.gradients.box);
+    const small = el("section", { class: "bare columns" }, this.speed.box, this.drops.box, this.entropy.box, this.gradients.box);
     main.replaceChildren(this.status, this.jobs, this.loss.box, small, this.heldOut, this.timeline, this.account, this.load, this.story, this.samples, this.facts);
     this.heatMaps = [];
     onThemeChange(() => this.snapshot && this.#showTimeline());
@@ -115,9 +116,11 @@ export class RunPage {
     this.loss.show(model("text_loss", { heldOut: history.held_out, undone: curves.undone.step.length ? curves.undone : null, reference: unigram ? { label: "unigram entropy", value: unigram } : null }));
     this.speed.show(model("tokens_per_s"));
     this.gradients.show(model("grad_norm"));
-    const dense = curves.line.step.length > 0 && curves.line.drop_fraction.mean.every((value) => value === null);
-    this.drops.box.hidden = dense;
-    if (!dense) this.drops.show(model("drop_fraction"));
+    // A dense model has neither; a run from before the routers' entropy was measured has no curve of it.
+    for (const [chart, name] of [[this.drops, "drop_fraction"], [this.entropy, "router_entropy"]]) {
+      chart.box.hidden = curves.line.step.length > 0 && curves.line[name].mean.every((value) => value === null);
+      if (!chart.box.hidden) chart.show(model(name));
+    }
   }
 
   #showLoad() {

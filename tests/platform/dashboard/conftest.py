@@ -33,7 +33,7 @@ class WrittenRun:
         self.acceptances = 0
         self.incarnation = 0
 
-    def claim(self, after_s=0.0):
+    def claim(self, after_s=0.0, **more):
         """Starts a worker group; returns the step it starts at."""
         self.now_s += after_s
         claim = self.dir.claim()
@@ -44,7 +44,7 @@ class WrittenRun:
             json.dump(record, file)
         self.incarnation, self.step = claim.incarnation, self.dir.step_of(claim.resumes)
         facts = {"mesh": {"data": 1, "expert": 4}, "data_id": "d" * 32, "jax": "0.10.2", "jaxlib": "0.10.2"}
-        self.event("started", steps=100, device="cpu", processes=2, devices=4, **facts)
+        self.event("started", steps=100, device="cpu", processes=2, devices=4, **facts | more)
         return self.step
 
     def train(self, steps, loss=lambda step: 9 - step / 100, *, flush=True, **more):

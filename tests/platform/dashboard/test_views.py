@@ -201,6 +201,24 @@ def test_the_newest_cadence_of_the_newest_worker_group_is_shown_in_words(written
     assert views.figures(follow(run), "k", now_s=run.now_s).cadence == ""
 
 
+@pytest.mark.parametrize(("every", "shown"), [(1, "every step"), (2000, "every 2,000 steps"), ("auto", "")])
+def test_a_cadence_that_the_run_file_sets_is_shown_as_the_newest_worker_group_has_it(written, every, shown):
+    run = written()
+    run.claim(checkpoint_every_steps=7)
+    run.claim(after_s=5, checkpoint_every_steps=every)
+    assert views.figures(follow(run), "k", now_s=run.now_s).cadence == shown
+
+
+def test_the_routers_entropy_is_drawn_of_the_layer_where_it_is_least_and_is_none_of_a_dense_model(written):
+    run = written()
+    run.claim()
+    run.train(1, router_entropy=[0.9, 0.4])
+    run.train(1, router_entropy=[0.3, 0.8])
+    run.train(1, router_entropy=[])
+    run.train(1)
+    assert views.run_curves(follow(run))["line"]["router_entropy"]["mean"] == [0.4, 0.3, None, None]
+
+
 def test_the_account_is_that_of_the_command(written):
     run = written().with_two_interruptions()
     account = views.history(follow(run)).account
