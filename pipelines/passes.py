@@ -295,14 +295,19 @@ def pack_validation(manifest: Manifest, stream: int, group: int = 0) -> dict[str
 
     It lies beside the passes and is in none of them: no global row reads it. Its receipt is written last.
     """
+    content, facts, _ = render_validation(manifest, stream, group)
+    storage.write_durable(validation_path(manifest, stream, group), content)
+    receipt = {"stream": stream, "units": validation_groups(manifest, stream)[group], **facts}
+    storage.create_if_absent(_receipt_of(_validation_folder(manifest, stream), group), json.dumps(receipt).encode())
+    return receipt
+
+
+def render_validation(manifest: Manifest, stream: int, group: int) -> shards.Rendered:
+    """Returns what `pack_validation` writes, a pure function of the arguments."""
     check_validation(manifest, [stream])
     groups = validation_groups(manifest, stream)
     key = (manifest.seed, manifest.stream_key(stream), "validation", *([group] if len(groups) > 1 else []))
-    content, facts, _ = _render(manifest, stream, groups[group], *key, part=selection.VALIDATION)
-    storage.write_durable(validation_path(manifest, stream, group), content)
-    receipt = {"stream": stream, "units": groups[group], **facts}
-    storage.create_if_absent(_receipt_of(_validation_folder(manifest, stream), group), json.dumps(receipt).encode())
-    return receipt
+    return _render(manifest, stream, groups[group], *key, part=selection.VALIDATION)
 
 
 def validation_groups(manifest: Manifest, stream: int) -> list[list[int]]:

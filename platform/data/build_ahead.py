@@ -44,7 +44,10 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     manifest = build.tokenize(spec.data, spec.data_dir, report, place)
     if spec.eval is not None:
         passes.check_validation(manifest, range(len(manifest.streams)))
-    build.pack_validation(manifest, report, place)
+    try:
+        build.pack_validation(manifest, report, place)
+    except StorageDenied as error:
+        place.say(_left_to_workers(error))
     built = passes.Passes(manifest)
     if spec.train.epochs is not None:
         build.pack(built, built.first_passes(), report, place)

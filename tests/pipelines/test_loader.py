@@ -125,7 +125,7 @@ def test_who_may_only_read_renders_for_itself_within_a_bounded_cache_and_goes_on
     loader = only_group_0(folder)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for parent in [*tmp_path.parents][:3]:
-        parent.chmod(0o755)
+        parent.chmod(parent.stat().st_mode | 0o055)  # /tmp stays everybody's
     tmp_path.chmod(0o755)
     for name in ("cache", "scratch"):
         (tmp_path / name).mkdir()

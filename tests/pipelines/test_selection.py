@@ -1,4 +1,6 @@
 import json
+import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -174,6 +176,28 @@ def test_what_is_kept_apart_is_packed_in_groups_and_stays_one_where_it_was_packe
     as_one = passes.pack_validation(replace(before, group_tokens=2**24), 0)
     assert as_one["units"] == sorted(kept)
     assert passes.packed_validation(before, 0) == [as_one]
+
+
+def test_who_may_only_read_the_data_packs_what_is_kept_apart_for_itself(tmp_path, needs, monkeypatch):
+    needs(os.geteuid() == 0, "root to become another user")
+    lines = [f"document number {n}, of which there are some" for n in range(300)]
+    config = replace(written(tmp_path, {"a": lines}), unit_bytes=1000)
+    receipts = selected(tmp_path, tokenized(config, tmp_path), validation_share=0.2)
+    manifest = manifests.assemble(str(tmp_path / "manifests" / "m.json"), config, TEXT, receipts)
+    manifests.commit(manifest)
+    (tmp_path / "scratch").mkdir()
+    os.chown(tmp_path / "scratch", 65534, 65534)
+    monkeypatch.setattr(tempfile, "tempdir", f"{tmp_path}/scratch")
+    for folder in [tmp_path, *list(tmp_path.parents)[:3]]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        denied = [heldout.read(manifest.path, rows).records for rows in (1, 1000)]
+    finally:
+        os.seteuid(0)
+    assert passes.packed_validation(manifest, 0) == [None] * 4
+    assert [heldout.read(manifest.path, rows).records for rows in (1, 1000)] == denied
+    assert 1 == len(denied[0]) < len(denied[1])
 
 
 def test_a_selection_changes_the_data_and_none_leaves_it_as_it_was(tmp_path):

@@ -126,7 +126,7 @@ def test_permission_denied_is_one_clear_line(tmp_path, needs):
     (tmp_path / "open").mkdir()
     (tmp_path / "open" / "file").write_bytes(b"x")
     for parent in [tmp_path, *list(tmp_path.parents)[:3]]:
-        parent.chmod(0o755)
+        parent.chmod(parent.stat().st_mode | 0o055)  # /tmp stays everybody's
     os.seteuid(65534)
     try:
         with pytest.raises(StorageError, match="permission denied; change its permissions"):
