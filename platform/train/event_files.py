@@ -68,7 +68,7 @@ class EventFiles:
         self._incarnation, self._row_tokens, self._flush_s = incarnation, row_tokens, flush_s
         self._sequence = 0
         self._events: list[dict[str, Any]] = []  # fields of each
-        self._steps = 0  # in the open file
+        self._steps = 0  # in the open file, and evaluations
         self._flushed_at_s = time.monotonic()
 
     def begin(self, step: int) -> None:
@@ -86,6 +86,7 @@ class EventFiles:
     def append_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds what was measured after a step, by tag."""
         self._add(time.time(), step, values)
+        self._steps += 1
 
     def _add(self, time_s: float, step: int, values: Mapping[str, float]) -> None:
         shown = [{"tag": tag, "simple_value": value} for tag, value in values.items()]

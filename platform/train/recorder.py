@@ -156,6 +156,8 @@ class Recorder:
         facts = {"step": position.step, "next_row": position.next_row, "seconds": seconds, "losses": losses, **facts}
         self.event("evaluated", **facts)
         self._curves.append_scalars(position.step, {f"eval/{name}": loss for name, loss in losses.items()})
+        if self._wandb:
+            self._wandb.evaluated(position.step, losses)
 
     def flush(self) -> None:
         """Makes all that was kept so far durable."""

@@ -23,6 +23,7 @@ from openmoe.platform.train.event_files import scalars
 
 CLOSE_S = 30.0  # what W&B has not taken by then, the next incarnation sends
 INIT_S = 60.0
+EVALUATION = "evaluation"  # held-out losses after a step, with its record
 
 Record = Mapping[str, Any]
 
@@ -41,6 +42,11 @@ class Outbox:
     def put(self, record: Record) -> None:
         """Takes the record of a step."""
         self._waiting.append(record)
+
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Adds the held-out losses after a step to its record, while that waits."""
+        if self._waiting and self._waiting[-1]["step"] == step:
+            self._waiting[-1] = {**self._waiting[-1], EVALUATION: losses}
 
     def accepted(self, step: int) -> list[Record]:
         """Returns the records up to the step of an accepted checkpoint, each once."""
@@ -75,6 +81,10 @@ class WandbCurves:
         """Takes the record of a step."""
         self._outbox.put(record)
 
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Takes the held-out losses after the newest step."""
+        self._outbox.evaluated(step, losses)
+
     def accepted(self, step: int) -> None:
         """Lets go of the steps up to that of an accepted checkpoint; nobody keeps them where W&B was given up."""
         records = self._outbox.accepted(step)
@@ -101,7 +111,9 @@ class WandbCurves:
                 settings=settings,
             )
             if there.step <= step:
-                self._send(there, [r for r in self._run.trace() if r["step"] <= step])
+                evaluations = {e["step"]: {EVALUATION: e["losses"]} for e in self._run.evaluations()}
+                before = (r for r in self._run.trace() if r["step"] <= step)
+                self._send(there, [{**r, **evaluations.get(r["step"], {})} for r in before])
             while (records := self._to_send.get()) is not None:
                 self._send(there, records)
             there.finish()
@@ -111,4 +123,5 @@ class WandbCurves:
     def _send(self, there: Any, records: list[Record]) -> None:
         for record in records:
             if record["step"] >= there.step:  # W&B has those before
-                there.log(scalars(record, row_tokens=self._row_tokens), step=record["step"])
+                evaluated = {f"eval/{name}": loss for name, loss in record.get(EVALUATION, {}).items()}
+                there.log({**scalars(record, row_tokens=self._row_tokens), **evaluated}, step=record["step"])

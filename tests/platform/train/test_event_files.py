@@ -141,6 +141,18 @@ def test_files_stay_few_between_saves_and_nothing_waits_for_more_than_a_hundredt
     assert (counts[100], counts[1000], counts[3000]) == (100, 292, 398)
 
 
+def test_an_evaluation_after_the_last_step_is_written_though_that_step_has_closed_its_file(tmp_path, curves):
+    files = files_of(str(tmp_path), incarnation=1, begin=0, flush_s=0)
+    files.append(step(1, loss=1.0))
+    assert len(list(tmp_path.iterdir())) == 1
+    files.append_scalars(1, {"eval/loss": 2.0})
+    files.flush()
+    assert {tag: curves(str(tmp_path))[tag] for tag in ("loss/cross_entropy", "eval/loss")} == {
+        "loss/cross_entropy": {1: 1.0},
+        "eval/loss": {1: 2.0},
+    }
+
+
 def test_a_loss_that_is_not_finite_is_drawn_as_it_is(tmp_path, curves):
     files = files_of(str(tmp_path), incarnation=1, begin=0)
     files.append(step(1, loss=math.nan))

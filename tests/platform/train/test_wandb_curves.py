@@ -26,7 +26,9 @@ def test_steps_wait_for_a_checkpoint_and_leave_once():
     assert [r["step"] for r in outbox.accepted(2)] == [1, 2]
     assert outbox.accepted(2) == []
     outbox.put(record(4))
-    assert [r["step"] for r in outbox.accepted(9)] == [3, 4]
+    outbox.evaluated(4, {"loss": 5.0})
+    outbox.evaluated(3, {"loss": 9.0})  # not the newest: none of this incarnation's
+    assert [(r["step"], r.get("evaluation")) for r in outbox.accepted(9)] == [(3, None), (4, {"loss": 5.0})]
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def records_of(data):
 
 
 def sent(folder, count):
-    """(run id, step, loss) of what offline runs hold, in the order of their folders; W&B is a bit late."""
+    """(run id, step, loss, held-out loss) of what offline runs hold, by folder; W&B is a bit late."""
     deadline_s = time.monotonic() + 20
     while len(found := list(_sent(folder))) < count:
         assert time.monotonic() < deadline_s, found
@@ -96,7 +98,8 @@ def _sent(folder):
             if row.WhichOneof("record_type") == "history":
                 values = {item.key or "/".join(item.nested_key): item.value_json for item in row.history.item}
                 step, loss = int(values["_step"]), float(values["loss/cross_entropy"])
-                yield path.stem.removeprefix("run-"), step, loss
+                held_out = float(values["eval/loss/c4"]) if "eval/loss/c4" in values else None
+                yield path.stem.removeprefix("run-"), step, loss, held_out
 
 
 def test_a_real_wandb_offline_gets_the_steps_that_count_under_one_id(run, tmp_path, monkeypatch):
@@ -105,18 +108,23 @@ def test_a_real_wandb_offline_gets_the_steps_that_count_under_one_id(run, tmp_pa
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     first, claim = WandbCurves(run, row_tokens=512), run.claim()
     metrics = journal.Journal(run.at("metrics"), incarnation=claim.incarnation, process=0)
+    events = journal.Journal(run.at("journal"), incarnation=claim.incarnation, process=0)
     first.begin(0)
     for step in (1, 2, 3):
         first.append(record(step))
         metrics.append(record(step))
+        if step == 2:
+            first.evaluated(step, {"loss/c4": 7.5})
+            events.append({"event": "evaluated", "time_s": 102.0, "step": step, "losses": {"loss/c4": 7.5}})
     metrics.flush()
+    events.flush()
     run.accept(Acceptance(
         number=1, incarnation=1, step=2, next_row=8, checkpoint="", digest="", ledger_head="", data_id="",
     ))  # fmt: skip
     first.accepted(2)
     first.close()
     name = wandb_curves.run_id(run.record())
-    assert sent(tmp_path, 2) == [(name, 1, 8.0), (name, 2, 7.0)]
+    assert sent(tmp_path, 2) == [(name, 1, 8.0, None), (name, 2, 7.0, 7.5)]
     run.claim()
     second = WandbCurves(run, row_tokens=512)
     second.begin(2)
@@ -124,4 +132,4 @@ def test_a_real_wandb_offline_gets_the_steps_that_count_under_one_id(run, tmp_pa
     second.accepted(3)
     second.close()
     # A new folder offline, which knows of no other: all that counts, and syncing it adds step 3.
-    assert sent(tmp_path, 5)[2:] == [(name, 1, 8.0), (name, 2, 7.0), (name, 3, 6.0)]
+    assert sent(tmp_path, 5)[2:] == [(name, 1, 8.0, None), (name, 2, 7.0, 7.5), (name, 3, 6.0, None)]
