@@ -56,6 +56,7 @@ class RunReport:
     def lines(self, run: str) -> list[str]:
         """Returns the report for a terminal."""
         gain = self.unigram_entropy - self.loss
+        than = "above" if gain >= 0 else "below"
         epochs = "" if self.epochs is None else f"{self.epochs:.2f} epochs, "
         samples = [f"  sample         {prompt!r} -> {text!r}" for prompt, text in self.samples]
         saturated = f", saturated ({_words(self.stop_when)})" if self.stop_when else ""
@@ -64,7 +65,8 @@ class RunReport:
         return [
             f"{self.steps:,} steps{saturated}, {self.tokens:,} tokens, {epochs}{self.incarnations} incarnation(s)",
             f"  final loss     {self.loss:.3f} nats: cross-entropy of the last {LAST_STEPS} steps, sentinels left out",
-            f"  unigram        {self.unigram_entropy:.3f} nats: entropy of the same tokens, {gain:.3f} above the loss",
+            f"  unigram        {self.unigram_entropy:.3f} nats: entropy of the same tokens, "
+            f"{abs(gain):.3f} {than} the loss",
             *evaluated,
             f"  speed          {self.tokens_per_s:,.0f} tokens/s in the median step",
             *samples,

@@ -217,15 +217,20 @@ def _sentences(evidence: Evidence) -> Iterator[str]:
             record = f", the provider's record says {host.provider_state}" if host.provider_state else ""
             yield f"{host.name} ({ranks}) {'still answers' if host.alive else 'is gone'}{record}"
     for failure in sorted(evidence.failures, key=lambda failure: failure.rank):
-        last_line = (failure.text.strip().splitlines() or [""])[-1].strip()
+        last_line = _last_line(failure)
         who = f"rank {failure.rank}" if failure.rank >= 0 else "Ray Train"
         yield f"{who}: {failure.kind.replace('_', ' ')}: {last_line[:300]}"
+
+
+def _last_line(failure: Failure) -> str:
+    """Returns the last line of what was raised, without the full name of an error of ours: the words are enough."""
+    return re.sub(r"^openmoe(\.\w+)+: ", "", (failure.text.strip().splitlines() or [""])[-1].strip())
 
 
 def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) -> str:
     gone = ", ".join(host.name for host in evidence.hosts if host.lost)
     ranks = ", ".join(str(f.rank) for f in failures)
-    last_line = (failures[0].text.strip().splitlines() or [""])[-1]
+    last_line = _last_line(failures[0])
     return {
         "superseded": "another driver has claimed this run directory",
         "bad_input": f"the input is wrong: {last_line}",

@@ -78,6 +78,13 @@ def test_a_preempted_sibling_never_hides_a_crash():
     assert (verdict.cause, verdict.reason) == ("bad_code", "rank 0 raised: ValueError: shapes")
 
 
+def test_a_verdict_says_what_an_error_of_ours_says_and_not_what_it_is_called():
+    text = "Traceback\nopenmoe.platform.train.restore.DamagedCheckpoint: acceptance 6: is gone"
+    verdict = diagnose(Evidence(failures=(failure("damaged_checkpoint", 0, text),)))
+    assert verdict.reason == "the checkpoint cannot be trusted: acceptance 6: is gone"
+    assert verdict.evidence == ("rank 0: damaged checkpoint: acceptance 6: is gone",)
+
+
 def test_a_process_that_died_beside_a_preemption_is_a_host_fault():
     evidence = Evidence(preempted_ranks=(1,), failures=(failure("process_died", 0),))
     assert diagnose(evidence).cause == "host_fault"
