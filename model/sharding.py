@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -113,3 +114,8 @@ def varying_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(
         jax.lax.pcast(array, tuple(axes - its), to="varying") for array, its in zip(arrays, varying, strict=True)
     )
+
+
+def zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Returns zeros in the type of an array, which differ from device to device where it does."""
+    return varying_alike(jnp.zeros(shape, like.dtype), like)[0]

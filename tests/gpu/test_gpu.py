@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe.model import attention, sharding, step
+from openmoe.model import attention, grouped, sharding, step
 from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig
 from openmoe.model.optimizer_config import AdafactorConfig
 
@@ -111,3 +111,28 @@ def test_a_step_in_bfloat16_uses_cudnn_and_learns_what_a_cpu_learns(gpu, cpu):
     assert "cudnn$fmha" in text
     (found, _), (wanted, _) = trained_on(gpu, config, fused), trained_on(cpu, config)
     assert [float(m["loss"]) for m in found] == pytest.approx([float(m["loss"]) for m in wanted], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "loads", [(64, 64, 64, 64), (250, 0, 3, 1), (0, 0, 256, 0)], ids=["even", "uneven", "all on one"]
+)
+def test_experts_rows_are_multiplied_by_their_kernels_whatever_the_loads(gpu, loads):
+    rng = np.random.default_rng(0)
+    rows, kernels, cotangent = (rng.normal(size=shape) for shape in ((300, 32), (4, 32, 48), (300, 48)))
+    ends = np.cumsum(loads)
+    of_expert = [slice(end - load, end) for end, load in zip(ends, loads, strict=True)]
+
+    @jax.jit
+    def products(rows, kernels, cotangent, loads):
+        product, pull = jax.vjp(lambda rows, kernels: grouped.grouped_product(rows, kernels, loads, 256), rows, kernels)
+        return product, *pull(cotangent)
+
+    with jax.default_device(gpu):
+        found = products(*(x.astype(np.float32) for x in (rows, kernels, cotangent)), np.asarray(loads, np.int32))
+    wanted = (
+        np.concatenate([rows[of] @ kernel for of, kernel in zip(of_expert, kernels, strict=True)]),
+        np.concatenate([cotangent[of] @ kernel.T for of, kernel in zip(of_expert, kernels, strict=True)]),
+        np.stack([rows[of].T @ cotangent[of] for of in of_expert]),
+    )
+    for got, exact in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(got)[: len(exact)], exact, rtol=0, atol=1e-4)

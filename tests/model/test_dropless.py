@@ -177,19 +177,3 @@ def test_on_a_tpu_only_rows_that_are_asked_for_travel(traced_on_four):
     assert len(re.findall(r"custom_call @ragged_all_to_all", lowered)) == 4
     assert "stablehlo.all_to_all" not in lowered
     assert len(re.findall(r'"chlo.ragged_dot"\(', lowered)) == 3 * 4
-
-
-def test_bfloat16_products_are_summed_in_float32():
-    rng = np.random.default_rng(0)
-    rows, kernels, cotangent = (rng.normal(size=s).astype(jnp.bfloat16) for s in ((N * K, D), (2, D, F), (N * K, F)))
-    product, pull = jax.vjp(lambda *given: dropless.grouped_product(*given, jnp.array([600, 40])), rows, kernels)
-    d_rows, d_kernels = pull(jnp.asarray(cotangent))
-    wide_rows, wide_kernels, wide_cotangent = (x.astype(np.float64) for x in (rows, kernels, cotangent))
-    wanted = {
-        "product": (product[:600], wide_rows[:600] @ wide_kernels[0]),
-        "rows": (d_rows[600:], wide_cotangent[600:] @ wide_kernels[1].T),
-        "kernels": (d_kernels[0], wide_rows[:600].T @ wide_cotangent[:600]),
-    }
-    for name, (found, exact) in wanted.items():
-        assert found.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.asarray(found, np.float64), exact, rtol=2**-8, atol=1e-3, err_msg=name)
