@@ -222,6 +222,10 @@ def _sentences(evidence: Evidence) -> Iterator[str]:
         yield f"{who}: {failure.kind.replace('_', ' ')}: {last_line[:300]}"
 
 
+# All of them leave the mathematics of a run as it is.
+_LESS_MEMORY = "execution.remat, execution.accumulation_steps and mesh.fsdp take less, `openmoe plan` says what fits"
+
+
 def _last_line(failure: Failure) -> str:
     """Returns the last line of what was raised, without the full name of an error of ours: the words are enough."""
     return re.sub(r"^openmoe(\.\w+)+: ", "", (failure.text.strip().splitlines() or [""])[-1].strip())
@@ -236,7 +240,7 @@ def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) 
         "bad_input": f"the input is wrong: {last_line}",
         "damaged_checkpoint": f"the checkpoint cannot be trusted: {last_line}",
         "bad_numbers": f"the loss is not finite, or has leapt up: {last_line}",
-        "out_of_memory": f"rank {ranks} ran out of memory",
+        "out_of_memory": f"rank {ranks} ran out of memory; {_LESS_MEMORY}",
         "raised": f"rank {ranks} raised: {last_line}",
         "hung": f"rank {ranks} made no progress: {last_line}",
         "no_storage": f"the storage did not answer: {last_line}",

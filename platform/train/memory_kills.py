@@ -59,6 +59,9 @@ def named(
     for rank in dead:
         start, end = before.get(rank), after.get(nodes.get(rank, ""))
         if start is not None and end is not None and end > start:
-            text = f"the kernel killed a process of its host for memory (oom_kill {start} before, {end} after)"
+            counted = f"oom_kill {start} before, {end} after"
+            text = (
+                f"the kernel killed a process of its host for memory ({counted}): raise the limit of its control group"
+            )
             found[rank] = Failure(rank=rank, kind="out_of_memory", text=text)
     return found

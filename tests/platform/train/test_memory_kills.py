@@ -1,5 +1,10 @@
 """A process that the kernel killed for memory is told from one that ended otherwise, by the counter of its group."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from openmoe.platform.run import hosts
@@ -46,6 +51,45 @@ def test_a_death_without_a_word_is_out_of_memory_only_where_the_counter_grew(bef
     seen = Evidence(failures=(Failure(rank=1, kind="process_died", text="Killed"),))
     told = memory_kills.named([1], {0: "node", 1: "node"}, before, after)
     assert diagnose(seen.with_told(told)).cause == cause
+
+
+GREEDY = """
+import subprocess, sys
+from openmoe.platform.train import memory_kills
+print(memory_kills.count())
+print(subprocess.run([sys.executable, "-c", "x = b'1' * 500_000_000"]).returncode)
+print(memory_kills.count())
+"""
+
+
+@pytest.fixture
+def limited():
+    """A control group of 100 MB, made for the test; only root of a machine, or of a privileged container, can."""
+    first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    old = (first / "memory.limit_in_bytes").exists()
+    group = (first if old else second) / f"openmoe-test-{os.getpid()}"
+    settings = {"memory.limit_in_bytes": "100M", "memory.swappiness": "0"} if old else {"memory.max": "100M"}
+    made = False
+    try:
+        group.mkdir()
+        made = True
+        for name, value in settings.items():
+            (group / name).write_text(value)
+        if (group / "memory.swap.max").exists():
+            (group / "memory.swap.max").write_text("0")
+        yield group
+    except OSError as error:
+        pytest.skip(f"THE KERNEL'S KILLS FOR MEMORY ARE NOT TESTED HERE: no control group can be made ({error})")
+    finally:
+        if made:
+            group.rmdir()
+
+
+def test_a_real_kill_by_a_control_group_is_counted(limited):
+    enter = f'echo $$ > {limited}/cgroup.procs && exec "$0" -c "$1"'
+    command = ["sh", "-c", enter, sys.executable, GREEDY]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["0", "-9", "1"], result.stderr
 
 
 def test_a_node_is_asked_for_its_counter(ray_local):
