@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from openmoe.clusters.ray_start import JOB_STOP
+from openmoe.clusters.ray_start import HEALTH_CHECK, JOB_STOP
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.versions import Versions
 
@@ -53,7 +53,7 @@ def render(spec: ClusterSpec, versions: Versions) -> dict[str, Any]:
             "--head --port=6379 --autoscaling-config=~/ray_bootstrap_config.yaml --dashboard-host=127.0.0.1",
             cpus=spec.head.cpus,
             # Version 2, the default, takes one node of the launcher for one node of Ray; a slice is several.
-            environment={"RAY_enable_autoscaler_v2": "0", **JOB_STOP},
+            environment={"RAY_enable_autoscaler_v2": "0", **JOB_STOP, **HEALTH_CHECK},
         ),
         "worker_start_ray_commands": [
             *_start("--address=$RAY_HEAD_IP:6379", cpus=spec.host_cpus),

@@ -6,7 +6,7 @@ A slice is one replica of the worker group, `numOfHosts` pods that KubeRay makes
 import re
 from typing import Any
 
-from openmoe.clusters.ray_start import JOB_STOP
+from openmoe.clusters.ray_start import HEALTH_CHECK, JOB_STOP
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.clusters.versions import Versions
 
@@ -161,7 +161,7 @@ def _head_pod(spec: ClusterSpec, volumes: list[dict[str, Any]]) -> dict[str, Any
     container: dict[str, Any] = {
         "name": "ray-head",
         "image": spec.image,
-        "env": [{"name": name, "value": value} for name, value in JOB_STOP.items()],
+        "env": [{"name": name, "value": value} for name, value in (JOB_STOP | HEALTH_CHECK).items()],
         "resources": {"requests": size, "limits": dict(size)},
         "ports": [
             {"name": "gcs", "containerPort": 6379},

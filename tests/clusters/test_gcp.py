@@ -260,6 +260,12 @@ def test_start_commands_win_over_rays_own_environment(tmp_path, commands):
     assert shown[1].startswith(f"start v2={v2} auth=token start --")
 
 
+def test_the_head_gives_up_a_host_that_froze_after_4_answers_of_5_s():
+    start = gcp.render(SPEC, VERSIONS)["head_start_ray_commands"][-1]
+    for setting in ("period_ms=1000", "timeout_ms=5000", "failure_threshold=4"):
+        assert f" RAY_health_check_{setting}" in start
+
+
 def test_the_dashboard_listens_on_loopback_and_hosts_know_the_head():
     config = gcp.render(SPEC, VERSIONS)
     head = shlex.split(config["head_start_ray_commands"][1])

@@ -175,6 +175,16 @@ def test_the_head_has_no_chips_and_no_spot_node():
     assert head["rayStartParams"]["num-cpus"] == "16"
 
 
+def test_the_head_gives_up_a_host_that_froze_after_4_answers_of_5_s():
+    pod = kuberay.render(spec_with(), VERSIONS)["spec"]["headGroupSpec"]["template"]["spec"]
+    given = {each["name"]: each["value"] for each in pod["containers"][0]["env"] if "health_check" in each["name"]}
+    assert given == {
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "5000",
+        "RAY_health_check_failure_threshold": "4",
+    }
+
+
 def test_slices_on_demand_ask_for_no_spot_node():
     pod = kuberay.render(spec_with(spot=False), VERSIONS)["spec"]["workerGroupSpecs"][0]["template"]["spec"]
     assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
