@@ -55,7 +55,7 @@ PURE = (
     "commands.facts",
     "ablations.ablation",
     "train.cadence", "train.health", "train.saturation",
-    "run.goodput", "run.ledger", "run.lineage", "run.stragglers", "run.verdict",
+    "run.goodput", "run.ledger", "run.lineage", "run.slices", "run.stragglers", "run.verdict",
 )  # fmt: skip
 FILES = (
     "home",

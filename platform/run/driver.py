@@ -144,11 +144,12 @@ class Attempt:
         Returns:
           Whether the run has all its steps.
         """
-        from openmoe.platform.run import hosts
+        from openmoe.platform.run import hosts, slice_watch
 
+        slices = slice_watch.SliceWatch(self._show.say)
         while True:
             self._mark("capacity", 0)
-            hosts.wait_for_slices(self._spec.cluster, self._show.say)
+            hosts.wait_for_slices(self._spec.cluster, self._show.say, slices.settled)
             claim = self._run.claim()
             self._mark("idle", claim.incarnation)
             journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
@@ -157,7 +158,7 @@ class Attempt:
             self._show.say(f"incarnation {claim.incarnation} starts at step {self._step} of {steps}")
             self._show.say(f"mesh {self._spec.mesh} on {self._spec.cluster}")
             try:
-                evidence = self._incarnate(claim, journal, check)
+                evidence = self._incarnate(claim, journal, partial(_look, check, slices.look, journal))
             except Stopped:
                 self._judge(claim, journal, diagnose(Evidence(operator_stop=True)))
                 raise
@@ -305,6 +306,11 @@ class _Paces:
             self._journal.append({"event": "straggler", "time_s": time.time(), **facts})
             self._journal.flush()
         self._known = rank
+
+
+def _look(check: Callable[[], None], at_slices: Callable[[Journal], None], journal: Journal) -> None:
+    check()
+    at_slices(journal)
 
 
 def _tell(board: Any, failure: Failure) -> None:

@@ -24,11 +24,11 @@ import ray.util.tpu
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from openmoe.clusters.provider import Instance
+from openmoe.platform.run.slices import WORKER_ID, slice_of
 from openmoe.platform.run.verdict import Host
 from openmoe.platform.run_file.spec import ClusterConfig
 from openmoe.platform.train import memory_kills as kills
 
-SLICE, WORKER_ID = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id"  # labels that Ray gives to TPU hosts
 PROBE_TIMEOUT_S = 2.0
 ASK_TIMEOUT_S = 10.0
 NOT_DRAINED_S = 60.0
@@ -105,7 +105,7 @@ def _name(node: Mapping[str, Any]) -> str:
 
 
 def _host(node: Mapping[str, Any], ranks: tuple[int, ...], record: Instance | None, began_s: float) -> Host:
-    alive = bool(node["Alive"]) and _answers(node["NodeManagerAddress"], node["NodeManagerPort"])
+    alive = bool(node["Alive"]) and answers(node)
     if record is None:
         return Host(name=_name(node), slice=slice_of(node), ranks=ranks, alive=alive)
     return Host(
@@ -118,17 +118,14 @@ def _host(node: Mapping[str, Any], ranks: tuple[int, ...], record: Instance | No
     )
 
 
-def _answers(address: str, port: int) -> bool:
+def answers(node: Mapping[str, Any]) -> bool:
+    """Returns whether the raylet of a Ray node takes a connection; a killed one stays in Ray's table for seconds."""
     try:
-        socket.create_connection((address, port), timeout=PROBE_TIMEOUT_S).close()
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        socket.create_connection(address, timeout=PROBE_TIMEOUT_S).close()
     except OSError:
         return False
     return True
-
-
-def slice_of(node: Mapping[str, Any]) -> str:
-    """Returns the slice of a Ray node (an entry of `ray.nodes()`); "" when it is in none."""
-    return (node.get("Labels") or {}).get(SLICE, "")
 
 
 def _worker_id(node: Mapping[str, Any]) -> str:
@@ -139,26 +136,30 @@ def drain_broken_slices(hosts: Sequence[Host], say: Callable[[str], None]) -> No
     """Tells Ray to give up what still lives of slices that lost a host, and waits until it has."""
     broken = {host.slice for host in hosts if host.slice and host.lost}
     left = [node for node in ray.nodes() if node["Alive"] and slice_of(node) in broken]
-    left = [node for node in left if _answers(node["NodeManagerAddress"], node["NodeManagerPort"])]
+    left = [node for node in left if answers(node)]
     if not left:
         return
     for name in sorted({slice_of(node) for node in left}):
         say(f"{name} is broken: draining what is left of it, so that no worker is placed there")
-    drains = [_drain(node["NodeID"]) for node in left]
-    for drain in drains:
-        _, error = drain.communicate()
-        if drain.returncode:
-            say(f"drain: {error.strip().splitlines()[-1] if error.strip() else drain.returncode}")
+    for asked in [drain(node["NodeID"]) for node in left]:
+        hear(asked, say)
     _wait_until_gone({node["NodeID"] for node in left}, say)
 
 
-def _drain(node_id: str) -> subprocess.Popen[str]:
-    """Starts Ray's own command for it: there is no public function."""
+def drain(node_id: str) -> subprocess.Popen[str]:
+    """Starts to tell Ray to give a node up, by Ray's own command: there is no public function."""
     ray_command = str(Path(sys.executable).with_name("ray"))
     arguments = ["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node_id]
     arguments += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its slice is broken"]
     arguments += ["--deadline-remaining-seconds", "1"]
     return subprocess.Popen([ray_command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def hear(drain: subprocess.Popen[str], say: Callable[[str], None]) -> None:
+    """Waits for a `drain` to be told, and says it if Ray refuses."""
+    _, error = drain.communicate()
+    if drain.returncode:
+        say(f"drain: {error.strip().splitlines()[-1] if error.strip() else drain.returncode}")
 
 
 def _wait_until_gone(node_ids: set[str], say: Callable[[str], None]) -> None:
@@ -170,16 +171,21 @@ def _wait_until_gone(node_ids: set[str], say: Callable[[str], None]) -> None:
         time.sleep(0.5)
 
 
-def wait_for_slices(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
+def wait_for_slices(cluster: ClusterConfig, say: Callable[[str], None], settled: Callable[[], bool]) -> None:
     """Returns when enough whole, idle slices for the run are there; says now and then what it waits for.
 
     Waiting is no failure: preemptible capacity comes back when it comes back.
+
+    Args:
+      cluster: of the run.
+      say: told what it waits for.
+      settled: asked again and again: whether no slice is there of which Ray must not reserve the head.
     """
     if cluster.accelerator != "tpu" or cluster.topology is None or cluster.accelerator_type is None:
         return
-    said_s, wanted = -math.inf, cluster.num_slices
-    while (ready := _num_whole_slices(cluster.topology, cluster.accelerator_type)) < wanted:
-        if time.monotonic() - said_s > 30:
+    said_s, wanted, ready = -math.inf, cluster.num_slices, 0
+    while not (known := settled()) or (ready := _num_whole_slices(cluster.topology, cluster.accelerator_type)) < wanted:
+        if known and time.monotonic() - said_s > 30:
             said_s = time.monotonic()
             say(f"waiting for {wanted} whole slice(s) of {cluster.accelerator_type} {cluster.topology}, {ready} ready")
         time.sleep(0.5)
@@ -188,6 +194,6 @@ def wait_for_slices(cluster: ClusterConfig, say: Callable[[str], None]) -> None:
 def _num_whole_slices(topology: str, accelerator_type: str) -> int:
     """Counts whole, idle slices; none while Ray has yet to notice that a host of some slice is gone."""
     hosts = [node for node in ray.nodes() if node["Alive"] and slice_of(node)]
-    if not all(_answers(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in hosts):
+    if not all(answers(node) for node in hosts):
         return 0
     return ray.util.tpu.get_num_ready_tpu_slices(topology, accelerator_type)

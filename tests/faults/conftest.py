@@ -262,6 +262,11 @@ class Twin:
         """A machine dies: all of its processes, at once."""
         twin_state.load(self.state_dir).kill([name])
 
+    def freeze_host(self, name: str) -> None:
+        """A machine freezes: all of its processes stop, and their connections stay."""
+        for process in self.processes(f"{name}/"):
+            process.suspend()
+
     def environment(self) -> dict[str, str]:
         """What a program needs to join the cluster as a driver."""
         connection = twin_module.connection(self.state_dir)

@@ -128,15 +128,16 @@ class Story:
     def slice(self):
         return wait_for("workers are placed", self.hosts)[0].rpartition("-")[0]
 
-    def wait_until_it_trains(self, after):
-        """Waits until an incarnation after `after` has saved, and then for a moment more, chosen at random."""
+    def wait_until_it_trains(self, after, repaired=True):
+        """Waits until an incarnation after `after` has saved and all is repaired, and for a random moment more."""
         wait_for(f"incarnation {after + 1}", lambda: self.incarnation() > after)
 
         def has_saved():
             return any(accepted.incarnation == self.incarnation() for accepted in self.run.acceptances())
 
         wait_for(f"incarnation {self.incarnation()} saves", has_saved)
-        self.wait_until_repaired()
+        if repaired:
+            self.wait_until_repaired()
         time.sleep(self.random.uniform(0, 3))
 
     def verdict(self, incarnation):
@@ -261,6 +262,21 @@ def test_a_host_that_dies_by_itself_is_a_lost_slice_whose_rest_is_drained(story)
     story.wait_until_it_trains(after=before)
 
 
+def test_a_machine_that_freezes_as_a_whole_is_a_lost_slice_too(story):
+    before, broken = story.incarnation(), story.slice()
+    host = f"{broken}-{story.random.choice((0, 1))}"
+    rank = story.hosts().index(host)
+    story.twin.freeze_host(host)
+    frozen_s = time.time()
+    verdict = story.verdict(before)
+    print(f"froze {host}: the group ended after {verdict['time_s'] - frozen_s:.1f} s")
+    assert verdict["cause"] == "lost_slice", verdict
+    assert verdict["reason"] == f"{broken} was lost without notice: {host} is gone (ranks {rank})"
+    assert wait_for("the other slice", lambda: story.incarnation() > before and story.slice()) != broken
+    story.repair()
+    story.wait_until_it_trains(after=before, repaired=False)  # the next chapter needs no spare slice
+
+
 def test_a_worker_that_is_stopped_ends_its_group_and_is_named_with_its_host(story):
     before, host = story.incarnation(), f"{story.slice()}-{story.random.choice((0, 1))}"
     rank = story.hosts().index(host)
@@ -274,6 +290,20 @@ def test_a_worker_that_is_stopped_ends_its_group_and_is_named_with_its_host(stor
     assert verdict["time_s"] - stopped_s < 45  # 30 s, on a machine that does nothing else
     assert not worker.is_running()
     story.wait_until_it_trains(after=before)
+
+
+def test_a_spare_slice_that_loses_a_host_is_drained_whole_while_the_run_goes_on(story):
+    before, used = story.incarnation(), story.slice()
+    [spare] = story.twin.states().keys() - {used}
+    story.twin.kill_host(f"{spare}-1")
+    given_up = wait_for(
+        "the spare is given up", lambda: [e for e in story.run.events() if e["event"] == "slice_given_up"]
+    )
+    text = f"{spare} is broken, 1 of its 2 hosts live and no run is on it"
+    assert [(e["slice"], e["left"], e["text"]) for e in given_up] == [(spare, [f"{spare}-0"], text)]
+    wait_for("the rest of the slice goes", lambda: not story.twin.processes(f"{spare}-0", "raylet/raylet"))
+    assert (story.incarnation(), story.slice()) == (before, used)
+    story.repair()
 
 
 def test_a_controller_that_is_killed_changes_nothing(story):
@@ -313,7 +343,7 @@ def test_the_run_is_cancelled_and_ends_where_it_is_told_to_and_its_story_names_e
     for word in ("preemption", "lost_slice", "host_fault", "cluster_lost"):
         assert word in told.replace(" ", "_"), told
     causes = [e["cause"] for e in story.run.events() if e["event"] == "ended"]
-    assert causes == ["preemption", "preemption", "preemption", "lost_slice", "host_fault", "operator"]
+    assert causes == ["preemption"] * 3 + ["lost_slice"] * 2 + ["host_fault", "operator"]
 
     story.job_id = story.submit(f"train.steps={story.run.newest_accepted().step + 5}")
     wait_for("the job succeeds", lambda: story.job()["state"] == "succeeded")
