@@ -32,6 +32,8 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address or cluster.dashboard_port is not None:
         os.environ["RAY_TRAIN_ENABLE_STATE_TRACKING"] = "1"  # the dashboard's Train page; costs 10 s at start
+        # Its search for runs that were killed: where a slice had gone, the end of a group waited 30 s for it.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of 30 s of notice, Ray's 5 are too many
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a dead worker is noticed half a second sooner
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that outlives `ray.shutdown` would start another Ray
