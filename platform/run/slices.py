@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 SLICE, WORKER_ID, TOPOLOGY = "ray.io/tpu-slice-name", "ray.io/tpu-worker-id", "ray.io/tpu-topology"  # labels of Ray
-PATIENCE_S = 60.0  # between the hosts of a slice that join
+PATIENCE_S = 120.0  # between two hosts of a slice that join
 
 
 class SliceHost(NamedTuple):
