@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from openmoe.pipelines import storage
+from openmoe.platform.run import lineage
 from openmoe.platform.run.attempt_log import DriversReader
 from openmoe.platform.run.goodput import Driver
 from openmoe.platform.run.journal import JournalReader
@@ -170,7 +171,7 @@ class RunFollower:
             accepted = self.run.read_json("accepted", f"{claim.resumes:06d}.json") if claim.resumes else {"step": 0}
             self.starts[claim.incarnation] = accepted["step"]
             self.claims.append(claim)
-            self.ends = line_ends(self.claims, self.starts)
+            self.ends = lineage.ends(self.claims, self.starts)
             self.load.undo_after(accepted["step"])
             self.version += 1
         if (drivers := self._marks.read()) != self.drivers:
@@ -233,13 +234,3 @@ class RunFollower:
         found = {name: [self.steps[n].get(name, part) for n, part in parts.items()] for name in names}
         found["incarnation"] = [np.full(len(self.steps[n].get("step", part)), n) for n, part in parts.items()]
         return {name: np.concatenate([np.empty(0), *arrays]) for name, arrays in found.items()}
-
-
-def line_ends(claims: Iterable[Claim], starts: Mapping[int, int]) -> dict[int, float]:
-    """Returns the last step of each incarnation that counts: the lowest start of all later ones."""
-    ends: dict[int, float] = {}
-    end = math.inf
-    for claim in sorted(claims, key=lambda c: -c.incarnation):
-        ends[claim.incarnation] = end
-        end = min(end, starts[claim.incarnation])
-    return ends

@@ -19,15 +19,11 @@ def of_job(store: JobStore, job: Job) -> list[Sentence]:
 
 def read(run: RunDir) -> RunRecords:
     """Returns what a run directory says; of one that is not there, nothing."""
-    claims = run.claims()
-    step_of = {0: 0} | {acceptance.number: acceptance.step for acceptance in run.acceptances()}
-    reached: dict[int, int] = {}
-    for incarnation, _, record in journal.read(run.at("metrics")):
-        reached[incarnation] = max(record["step"], reached.get(incarnation, 0))
+    newest = journal.last_records(run.at("metrics"))  # of process 0, which alone writes them
     return RunRecords(
-        claims=claims,
-        starts={claim.incarnation: step_of[claim.resumes] for claim in claims},
+        claims=run.claims(),
+        starts=run.starts(),
         events=run.events(),
-        reached=reached,
+        reached={incarnation: record["step"] for (incarnation, _), record in newest.items()},
         finished=run.finished(),
     )

@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 from openmoe.pipelines import storage
-from openmoe.platform.run import attempt_log, journal
+from openmoe.platform.run import attempt_log, journal, lineage
 from openmoe.platform.run.goodput import Records, Steps
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 
@@ -21,12 +21,8 @@ def read(run: RunDir) -> Records:
     """
     if not run.exists():
         raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
-    claims, step_of = run.claims(), {0: 0} | {a.number: a.step for a in run.acceptances()}
-    ends: dict[int, float] = {}  # the last step of each incarnation that counts
-    end = math.inf
-    for claim in reversed(claims):
-        ends[claim.incarnation] = end
-        end = min(end, step_of.get(claim.resumes, 0))
+    claims = run.claims()
+    ends = lineage.ends(claims, run.starts())
     steps: dict[int, Steps] = {}
     for n, _, record in journal.read(run.at("metrics")):
         steps[n] = _with(steps.get(n), record, counts=record["step"] <= ends.get(n, math.inf))

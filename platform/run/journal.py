@@ -121,6 +121,57 @@ def read(folder: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     return JournalReader(folder).new()
 
 
+def newest_first(folder: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yields what `read` does from its end on, and reads no more segments than it is asked for.
+
+    Raises:
+      JournalError: a segment is damaged or missing.
+    """
+    for owner in sorted(_listed(folder), reverse=True):
+        yield from ((*owner, record) for record in _backwards(folder, owner))
+
+
+def last_records(folder: str) -> dict[tuple[int, int], dict[str, Any]]:
+    """Returns the newest record of each (incarnation, process) that has one."""
+    found = {owner: next(_backwards(folder, owner), None) for owner in _listed(folder)}
+    return {owner: record for owner, record in found.items() if record is not None}
+
+
+def _backwards(folder: str, owner: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Yields one writer's records, the newest first."""
+    segments = _listed(folder).get(owner, [])
+    end, listings = max((segment.last + 1 for segment in segments), default=0), 1
+    while end:
+        # The narrowest that holds what comes next: a part rather than all that it was merged into.
+        holding = [segment for segment in segments if segment.first < end <= segment.last + 1]
+        segment = max(holding, key=lambda segment: segment.first, default=Segment(*owner, end - 1, end - 1))
+        path = storage.join(folder, segment.name)
+        if (data := storage.read_if_present(path)) is None:  # merged meanwhile
+            if listings == _LISTINGS:
+                raise _lost(path)
+            segments, listings = _listed(folder).get(owner, []), listings + 1
+            continue
+        yield from reversed(_records(path, data, skip=0, stop=end - segment.first))
+        end, listings = segment.first, 1
+
+
+def _listed(folder: str) -> dict[tuple[int, int], list[Segment]]:
+    """Returns the segments of each writer, the widest of those that begin alike first."""
+    by_owner: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+    for name in storage.list_files(folder):
+        if match := _SEGMENT.fullmatch(name):
+            incarnation, process, first, last = (int(number or match[3]) for number in match.groups())
+            by_owner[incarnation, process].append(Segment(incarnation, process, first, last))
+    return {owner: sorted(segments, key=lambda s: (s.first, -s.last)) for owner, segments in sorted(by_owner.items())}
+
+
+def _lost(path: str) -> JournalError:
+    return JournalError(
+        f"{path}: is gone, and later ones are there; "
+        "restore it, or put an empty file there to go on without its records"
+    )
+
+
 class JournalReader:
     """Reads a folder again and again, while it is written, and gives each record once."""
 
@@ -136,27 +187,13 @@ class JournalReader:
         """
         missing = ""
         for _ in range(_LISTINGS):
-            for owner, segments in self._list().items():
+            for owner, segments in _listed(self._folder).items():
                 missing = yield from self._follow(owner, segments)
                 if missing:
                     break
             else:
                 return
-        raise JournalError(
-            f"{storage.join(self._folder, missing)}: is gone, and later ones are there; "
-            "restore it, or put an empty file there to go on without its records"
-        )
-
-    def _list(self) -> dict[tuple[int, int], list[Segment]]:
-        """Returns the segments of each writer, the widest of those that begin alike first."""
-        by_owner: dict[tuple[int, int], list[Segment]] = defaultdict(list)
-        for name in storage.list_files(self._folder):
-            if match := _SEGMENT.fullmatch(name):
-                incarnation, process, first, last = (int(number or match[3]) for number in match.groups())
-                by_owner[incarnation, process].append(Segment(incarnation, process, first, last))
-        return {
-            owner: sorted(segments, key=lambda s: (s.first, -s.last)) for owner, segments in sorted(by_owner.items())
-        }
+        raise _lost(storage.join(self._folder, missing))
 
     def _follow(
         self, owner: tuple[int, int], segments: list[Segment]
@@ -178,13 +215,13 @@ class JournalReader:
         return ""
 
 
-def _records(path: str, data: bytes, *, skip: int) -> list[dict[str, Any]]:
-    """Returns the records of a segment without those of its first `skip` parts."""
+def _records(path: str, data: bytes, *, skip: int, stop: int | None = None) -> list[dict[str, Any]]:
+    """Returns the records of a segment's parts from `skip` on, before `stop` if that is given."""
     records, part = [], 0
     for number, line in enumerate(data.splitlines(), start=1):
         if not line:
             part += 1
-        elif part >= skip:
+        elif part >= skip and (stop is None or part < stop):
             try:
                 records.append(json.loads(line))
             except ValueError as error:

@@ -249,6 +249,21 @@ def line(claims: Iterable[Claim], acceptances: Sequence[Acceptance], quarantined
     return found[::-1]
 
 
+def ends(claims: Iterable[Claim], starts: Mapping[int, int]) -> dict[int, float]:
+    """Returns the last step of each incarnation that counts: the lowest start of all later ones.
+
+    Args:
+      claims: all claims.
+      starts: step at which each incarnation starts, by its number.
+    """
+    found: dict[int, float] = {}
+    end = math.inf
+    for claim in sorted(claims, key=lambda c: -c.incarnation):
+        found[claim.incarnation] = end
+        end = min(end, starts[claim.incarnation])
+    return found
+
+
 def trace(
     claims: Sequence[Claim],
     acceptances: Sequence[Acceptance],

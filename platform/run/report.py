@@ -82,23 +82,21 @@ def _words(rule: dict[str, Any]) -> str:
 
 def compute(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
     """Folds the run directory into its report; the run's length in `spec` as its owner gave it."""
-    trace = run.trace()
     tokens_per_step = spec.train.batch_rows * spec.data.seq_len
+    newest, step_s, losses = _of_steps(run)
     loader = Loader(manifest_path)
-    epoch_rows, rows = loader.epoch_rows, trace[-1]["rows"][1]
+    epoch_rows, rows = loader.epoch_rows, newest["rows"][1]
     samples = [event["samples"] for event in run.events() if event["event"] == "sampled"]
     evaluations, rule = run.evaluations(), spec.train.stop_when
     is_saturated = rule is not None and saturation.saturated_at(rule, evaluations) is not None
     return RunReport(
-        steps=trace[-1]["step"],
+        steps=newest["step"],
         epoch_rows=epoch_rows,
         epochs=rows / epoch_rows if epoch_rows else None,
-        tokens=len(trace) * tokens_per_step,
-        loss=statistics.fmean(
-            [r["text_loss"] for r in trace if not r.get("update_skipped")][-LAST_STEPS:] or [math.nan]
-        ),
+        tokens=len(step_s) * tokens_per_step,
+        loss=statistics.fmean(losses or [math.nan]),
         unigram_entropy=loader.unigram_entropy(0, min(rows, UNIGRAM_ROWS)),
-        tokens_per_s=tokens_per_step / statistics.median(record["step_s"] for record in trace),
+        tokens_per_s=tokens_per_step / statistics.median(step_s),
         incarnations=len(run.claims()),
         samples=samples[-1] if samples else [],
         go_on="another train.stop_when, or train.stop_when=null" if is_saturated else run_length.longer(spec.train),
@@ -106,6 +104,19 @@ def compute(spec: RunSpec, run: RunDir, manifest_path: str) -> RunReport:
         stop_when=rule.model_dump() if rule and is_saturated else None,
         held_out=evaluations[-1]["losses"] if evaluations else {},
     )
+
+
+def _of_steps(run: RunDir) -> tuple[dict[str, Any], list[float], list[float]]:
+    """Returns the newest step's record, the seconds of each step, and the last losses; not all records at a time."""
+    newest: dict[str, Any] = {}
+    step_s: list[float] = []
+    losses: list[float] = []
+    for record in run.newest_steps():
+        newest = newest or record
+        step_s.append(record["step_s"])
+        if len(losses) < LAST_STEPS and not record.get("update_skipped"):
+            losses.append(record["text_loss"])
+    return newest, step_s, losses
 
 
 def finish(spec: RunSpec, run: RunDir, manifest_path: str, attempt: str = "") -> RunReport:

@@ -23,6 +23,7 @@ import json
 import re
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -205,6 +206,18 @@ class RunDir:
             records[incarnation].append(record)
         return [dict(r) for r in lineage.trace(self.claims(), self.acceptances(), records)]
 
+    def starts(self) -> dict[int, int]:
+        """Returns the step at which each incarnation starts, by its number."""
+        step_of = {0: 0} | {a.number: a.step for a in self.acceptances()}
+        return {claim.incarnation: step_of.get(claim.resumes, 0) for claim in self.claims()}
+
+    def newest_steps(self) -> Iterator[dict[str, Any]]:
+        """Yields what `trace` returns from its end on, and reads no more than it is asked for: runs last for months."""
+        ends = lineage.ends(self.claims(), self.starts())
+        for incarnation, _, record in journal.newest_first(self.at("metrics")):
+            if record["step"] <= ends.get(incarnation, -1):
+                yield record
+
     def evaluations(self) -> list[dict[str, Any]]:
         """Returns the record of every evaluation along the line of truth, in step order."""
         records: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -273,13 +286,12 @@ def _summary(name: str, run: RunDir) -> RunSummary:
 def summarize(run: RunDir) -> RunSummary:
     """Returns the state of one run, from its files alone."""
     record = run.record()
-    trace, finished = run.trace(), run.finished()
-    last = trace[-1] if trace else {}
+    last, finished = next(run.newest_steps(), {}), run.finished()
     planned = [event["steps"] for event in run.events() if event["event"] == "started" and "steps" in event]
     return RunSummary(
         name=record["name"],
         path=run.path,
-        state="finished" if finished else "resumable" if trace else "started",
+        state="finished" if finished else "resumable" if last else "started",
         step=last.get("step", 0),
         steps=planned[-1] if planned else record["spec"]["train"]["steps"],
         loss=last.get("loss"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,8 @@ class HealthWatch:
     def __init__(self, spec: RunSpec, run: RunDir) -> None:
         """Reads the losses before, if spikes are looked for."""
         self.skips = spec.health.on_bad_numbers == "skip"
-        self._numbers = health.Numbers(spec.health, run.trace() if spec.health.spike_score else ())
+        steps = spec.health.spike_window_steps + spec.health.spike_steps if spec.health.spike_score else 0
+        self._numbers = health.Numbers(spec.health, [*itertools.islice(run.newest_steps(), steps)][::-1])
         self._alarms = health.Alarms(spec.health)
         stages = spec.data.stages[:-1]
         self._stage_ends = {(stage.until_tokens or 0) // spec.data.seq_len for stage in stages}

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import itertools
 import os
 import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from openmoe.platform.run.run_dir import RunDir, RunDirError
@@ -112,15 +113,16 @@ class WandbCurves:
             )
             if there.step <= step:
                 evaluations = {e["step"]: {EVALUATION: e["losses"]} for e in self._run.evaluations()}
-                before = (r for r in self._run.trace() if r["step"] <= step)
-                self._send(there, [{**r, **evaluations.get(r["step"], {})} for r in before])
+                lacking = itertools.takewhile(lambda record: record["step"] >= there.step, self._run.newest_steps())
+                before = [{**r, **evaluations.get(r["step"], {})} for r in lacking if r["step"] <= step]
+                self._send(there, before[::-1])
             while (records := self._to_send.get()) is not None:
                 self._send(there, records)
             there.finish()
         except Exception as error:  # of any kind: a view of the run must not end it
             print(f"wandb: {error}; the run goes on, and the next incarnation sends what is missing", file=sys.stderr)
 
-    def _send(self, there: Any, records: list[Record]) -> None:
+    def _send(self, there: Any, records: Iterable[Record]) -> None:
         for record in records:
             if record["step"] >= there.step:  # W&B has those before
                 evaluated = {f"eval/{name}": loss for name, loss in record.get(EVALUATION, {}).items()}

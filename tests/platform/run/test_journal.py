@@ -1,5 +1,7 @@
 """Segments are merged while they are written and read: no record is missed or met twice, wherever the writer dies."""
 
+import itertools
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -104,6 +106,32 @@ def test_wherever_the_writer_is_killed_every_durable_record_is_read_once(tmp_pat
     assert dies_at == 44
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=3), st.integers(0, 60), st.integers(0, 12))
+def test_from_its_end_a_journal_is_the_same_while_it_is_written(tmp_path_factory, small_merges, flushes, taken, more):
+    folder = str(tmp_path_factory.mktemp("journal"))
+    for incarnation, count in enumerate(flushes[:-1], 1):
+        list(write(folder, range(count), incarnation=incarnation))
+    writer = write(folder, range(flushes[-1] + more), incarnation=len(flushes))
+    for _ in range(flushes[-1]):
+        next(writer)
+    expected = list(journal.read(folder))[::-1]
+    records = journal.newest_first(folder)
+    found = list(itertools.islice(records, taken))
+    list(writer)  # merges what is still to be read, and removes its parts
+    assert found + list(records) == expected if taken else list(records) == list(journal.read(folder))[::-1]
+    newest = {(n, 0): {"n": count - 1} for n, count in enumerate(flushes[:-1], 1)}
+    assert journal.last_records(folder) == newest | {(len(flushes), 0): {"n": flushes[-1] + more - 1}}
+
+
+def test_the_newest_records_cost_the_newest_files_alone(tmp_path, monkeypatch):
+    list(write(str(tmp_path), range(123)))
+    real, read = storage.read_if_present, []
+    monkeypatch.setattr(storage, "read_if_present", lambda path: read.append(path) or real(path))
+    assert numbers(itertools.islice(journal.newest_first(str(tmp_path)), 10)) == list(range(122, 112, -1))
+    assert len(read) == 10
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_slow_reader_with_torn_listings_misses_nothing_and_meets_nothing_twice(tmp_path_factory, small_merges, data):
@@ -143,8 +171,9 @@ def test_a_lost_segment_is_named_and_can_be_given_up(tmp_path):
     list(write(str(tmp_path), range(3)))
     lost = tmp_path / "000001-00000-000001.jsonl"
     lost.unlink()
-    with pytest.raises(JournalError, match=r"000001-00000-000001\.jsonl: is gone, and later ones are there; restore"):
-        list(journal.read(str(tmp_path)))
+    for read in (journal.read, journal.newest_first):
+        with pytest.raises(JournalError, match=r"00000-000001\.jsonl: is gone, and later ones are there; restore it"):
+            list(read(str(tmp_path)))
     lost.touch()
     assert numbers(journal.read(str(tmp_path))) == [0, 2]
 
