@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -66,7 +64,7 @@ def _first(manifest: manifests.Manifest, stream: int, rows: int, cache_bytes: in
         shard = shards.Shard(
             passes.validation_path(manifest, stream, group),
             sha256=receipt["sha256"],
-            cache_dir=str(Path(tempfile.gettempdir()) / "openmoe-shards"),
+            cache_dir=local_cache.default_folder(),
             cache_bytes=cache_bytes,
         )
         found += shard.read(list(range(min(rows - len(found), receipt["rows"]))))

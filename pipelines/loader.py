@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +51,7 @@ class Loader:
           cache_bytes: how large that folder may become; shards that are open stay, at most so many bytes of them.
         """
         self._manifest = manifests.load(manifest_path)
-        self._cache_dir = cache_dir or str(Path(tempfile.gettempdir()) / "openmoe-shards")
+        self._cache_dir = cache_dir or local_cache.default_folder()
         self._cache_bytes = cache_bytes
         self._mixture = self._manifest.mixture
         self._passes = Passes(self._manifest)

@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -26,6 +27,11 @@ from openmoe.pipelines.storage import StorageError
 DEFAULT_BYTES = 16 * 2**30
 STALE_S = 3600.0  # a download takes less
 TRIES = 3  # a disk that damages what was just written will do it again
+
+
+def default_folder() -> str:
+    """Returns the folder of this host that all its processes share."""
+    return str(Path(tempfile.gettempdir()) / "openmoe-shards")
 
 
 def hold(path: str, folder: str, *, sha256: str, max_bytes: int, render: Callable[[], bytes] | None = None) -> BinaryIO:

@@ -49,8 +49,7 @@ def _manifest(run: "RunDir", data: str | None) -> str:
     from openmoe.platform.run import ledger_data
     from openmoe.platform.run.run_dir import RunDirError
 
-    if not run.exists():
-        raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
+    run.must_exist()
     ids = [event["data_id"] for event in run.events() if event["event"] == "started"]
     if not ids:
         raise RunDirError(f"{run.path}: has not begun to train; give the manifest of its data")

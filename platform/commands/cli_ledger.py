@@ -69,8 +69,7 @@ def opened(run: "RunDir") -> "tuple[dict[str, Any], Acceptance | None]":
     from openmoe.pipelines import storage
     from openmoe.platform.run.run_dir import RunDirError
 
-    if not run.exists():
-        raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
+    run.must_exist()
     if not storage.list_files(run.at("ledger")):
         raise RunDirError(
             f"{run.path}: has no ledger: a version that kept none trained it, or it has not taken a step yet; "

@@ -37,8 +37,7 @@ def profile(
         raise SpecError([Problem("", "nothing is asked for; give --steps 3, --hlo, --memory or --stacks")])
     if processes != "all" and not all(part.isdecimal() for part in processes.split(",")):
         raise SpecError([Problem("", f"--processes {processes}: give numbers, as 0,3, or all")])
-    if not run.exists():
-        raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
+    run.must_exist()
     started = [event for event in run.events() if event["event"] == "started"]
     if not started:
         raise RunDirError(f"{run.path}: no worker group has started yet; ask again when it trains")

@@ -19,8 +19,7 @@ def read(run: RunDir) -> Records:
     Raises:
       RunDirError: no run is there.
     """
-    if not run.exists():
-        raise RunDirError(f"{run.path}: no run is here; `openmoe runs` lists those of a folder")
+    run.must_exist()
     claims = run.claims()
     ends = lineage.ends(claims, run.starts())
     steps: dict[int, Steps] = {}

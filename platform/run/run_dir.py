@@ -57,6 +57,11 @@ class RunDir:
         """Returns whether a run lives here."""
         return storage.exists(self.at("run.json"))
 
+    def must_exist(self) -> None:
+        """Raises RunDirError if no run lives here."""
+        if not self.exists():
+            raise RunDirError(f"{self.path}: no run is here; `openmoe runs` lists those of a folder")
+
     def create(self, spec: RunSpec, **facts: str) -> None:
         """Writes run.json, or checks that the one there is of the same mathematics and data.
 
@@ -109,8 +114,7 @@ class RunDir:
           RunDirError: no run is here.
           SpecError: this version cannot read it.
         """
-        if not self.exists():
-            raise RunDirError(f"{self.path}: no run is here; `openmoe runs` lists those of a folder")
+        self.must_exist()
         try:
             return RunSpec.model_validate_json(json.dumps(self.record()["spec"]))
         except ValidationError as error:

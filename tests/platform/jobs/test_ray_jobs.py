@@ -4,7 +4,6 @@ import http.server
 import json
 import socket
 import threading
-import time
 
 import pytest
 
@@ -49,10 +48,8 @@ def serve():
 
 
 def test_a_frozen_head_is_unreachable_after_the_timeout(silent):
-    began_s = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=r"http://127\.0\.0\.1:\d+: no answer from the cluster"):
-        RayJobs(silent, "token", timeout_s=0.5)
-    assert time.monotonic() - began_s < 5
+        RayJobs(silent, "token", timeout_s=0.5)  # without one it would wait for ever
 
 
 def test_a_head_that_is_gone_is_unreachable_at_once():

@@ -55,4 +55,4 @@ def test_the_wait_for_a_slow_read_is_measured_and_told(monkeypatch):
         result, waited_s = coming.take(tell)
     assert result is True
     assert len(told) >= 3
-    assert 0.05 < waited_s < 10
+    assert waited_s > 0.05
