@@ -123,7 +123,7 @@ def watch_host(
     grace: Annotated[float, typer.Option(metavar="S", help="Seconds that a preemption leaves.")] = 30.0,
     maintenance_grace: Annotated[float, typer.Option(metavar="S", help="Seconds that a maintenance leaves.")] = 3600.0,
 ) -> None:
-    """Watch for the preemption of this host of Google Cloud; drain its slice then."""
+    """Drain this host's slice when Google Cloud takes it away."""
     from openmoe.platform.run import host_agent
 
     host_agent.run(address, slice_name, metadata or host_agent.METADATA_URL, grace, maintenance_grace)

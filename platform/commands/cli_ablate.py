@@ -35,7 +35,10 @@ def ablate(
     scale: Scale = None,
     as_json: Json = False,
 ) -> None:
-    """Train small models with each switch of improved mode, and write what it did into a page."""
+    """Measure what each switch of improved mode is worth.
+
+    Trains small models with each of them, and writes what it did into a page.
+    """
     from dataclasses import replace
 
     from openmoe.platform.ablations.ablation import SCALES, SEQ_LEN, Plan

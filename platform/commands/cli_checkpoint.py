@@ -24,7 +24,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 @app.command("list")
 def list_checkpoints(run_dir: Run, as_json: Json = False) -> None:
-    """List accepted checkpoints with the reason why each is kept; with --json those that were removed too."""
+    """List accepted checkpoints, and why each is kept.
+
+    With --json those that were removed too.
+    """
     _on_the_host()
     from openmoe.platform.run.run_dir import RunDir
     from openmoe.platform.train import checkpoints
@@ -69,10 +72,10 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read checkpoints back, array by array, and compare every bit with what was accepted.
+    """Read checkpoints back, and compare every bit.
 
-    Exit code 1: one is damaged, and the first array in which it is, is named. Nothing is changed; training that meets
-    a damaged checkpoint quarantines it and goes on from the one before.
+    Array by array, with what was accepted. Exit code 1: one is damaged, and the first array in which it is, is named.
+    Nothing is changed; training that meets a damaged checkpoint quarantines it and goes on from the one before.
     """
     from openmoe.platform.run.run_dir import RunDir
 

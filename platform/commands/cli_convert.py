@@ -52,7 +52,10 @@ def convert(
     check: Check = True,
     as_json: Json = False,
 ) -> None:
-    """Turn a checkpoint into one of another format: t5x and orbax with the optimizer's state, hf without."""
+    """Turn a checkpoint into one of another format.
+
+    Between t5x and orbax with the optimizer's state and the step; hf has parameters only.
+    """
     from openmoe.model import acceptance, hf_checkpoint, hf_config, t5x_checkpoint
     from openmoe.platform.commands import progress
     from openmoe.platform.run_file.spec_errors import Problem, SpecError

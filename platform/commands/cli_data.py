@@ -50,7 +50,7 @@ def corpus(
 
 @app.command()
 def plan(run: Run, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a build would do: the files, what is done of them, how far they go.
+    """Show what a build would do, and what is done already.
 
     Lists files and reads receipts, no documents.
     """
@@ -145,7 +145,7 @@ def audit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that every artefact of built data is there and holds what its receipt says.
+    """Prove that built data is all there, as its receipts say.
 
     Exit code 1: it is not so, and the first contradiction is named.
     """
@@ -176,9 +176,10 @@ def report(
         bool, typer.Option("--json", help="Print the page's figures as JSON, and write no page.")
     ] = False,
 ) -> None:
-    """Write a page about built data: mixture, fill, noise, document lengths, what was left out.
+    """Write a page about built data, with pictures.
 
-    One HTML file that needs nothing else. Document lengths are read from the token cache, of at most 32 units a source.
+    Mixture, fill, noise, document lengths, what was left out. One HTML file that needs nothing else. Document lengths
+    are read from the token cache, of at most 32 units a source.
     """
     from openmoe.pipelines import storage
     from openmoe.platform.commands import progress

@@ -28,7 +28,10 @@ def explain(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Show what a row holds, from which files, and which steps of a run consumed it."""
+    """Show what a row holds, and which steps consumed it.
+
+    Down to the files that it was made of.
+    """
     from openmoe.pipelines import explain as explanation
     from openmoe.platform.run.run_dir import RunDir
 

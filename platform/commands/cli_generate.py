@@ -54,7 +54,7 @@ def generate(
     ] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only, when all is done.")] = False,
 ) -> None:
-    """Continue prompts with the newest accepted checkpoint of a run, on this machine."""
+    """Continue prompts with a run's newest checkpoint, here."""
     from openmoe.model import sample
     from openmoe.pipelines import tokenizer
     from openmoe.platform.run.run_dir import RunDir, RunDirError

@@ -40,7 +40,11 @@ def submit(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a run as a job; the controller starts it when its cluster has room."""
+    """Submit a run as a job.
+
+    The controller starts it when its cluster has room.
+    """
+    from openmoe.pipelines import storage
     from openmoe.platform import home as home_folder
     from openmoe.platform.jobs import cluster_access, controller_lock, job_events, job_request
 
@@ -55,6 +59,10 @@ def submit(
         print(json.dumps(_as_json(job), indent=2))
         return
     print(f"{job.id} is queued for cluster {job.cluster}")
+    if cluster_access.is_address(job.cluster) and not storage.is_remote(job.run_dir):
+        print(
+            f"run_dir: {job.run_dir} must be one folder for all hosts of that cluster, on a shared disk; or give gs://"
+        )
     if not controller_lock.is_running(home):
         print("no controller runs here, so nothing happens yet; start one: openmoe controller run   (or: openmoe up)")
     print(f"  openmoe jobs logs -f {job.id}\n  openmoe jobs story {job.id}\n  openmoe jobs cancel {job.id}")
@@ -192,7 +200,10 @@ def up(
     dashboard: Annotated[bool, typer.Option(help="Serve the dashboard too.")] = True,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of the dashboard; 0 for any free one.")] = DEFAULT_PORT,
 ) -> None:
-    """Start a cluster on this machine, the controller and the dashboard; Ctrl-C ends all."""
+    """Start a cluster here, the controller and the dashboard.
+
+    Ctrl-C ends all three.
+    """
     from openmoe.platform.jobs import up as up_module
 
     raise typer.Exit(up_module.run(cluster, _home(), say, dashboard_port=port if dashboard else None))

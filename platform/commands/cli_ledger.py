@@ -32,9 +32,10 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Prove that every row up to the newest checkpoint was trained on exactly once.
+    """Prove that every row was trained on exactly once.
 
-    Follows the ledger along the line of accepted checkpoints, and compares what each step consumed with the shards.
+    Every one up to the newest checkpoint. Follows the ledger along the line of accepted checkpoints, and compares what
+    each step consumed with the shards.
     Exit code 1: it is not so, and the first contradiction is named.
     """
     from openmoe.pipelines.loader import Loader

@@ -42,7 +42,10 @@ def plan(
     page: Page = None,
     as_json: Json = False,
 ) -> None:
-    """Plan a run before anything is rented: does it fit, how fast, how long, for how much."""
+    """Plan a run: does it fit, how fast, how long, for how much?
+
+    Before anything is rented.
+    """
     from openmoe.pipelines import storage
     from openmoe.platform.commands import tables
     from openmoe.platform.planner import plan as planning

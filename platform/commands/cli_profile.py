@@ -24,7 +24,7 @@ def profile(
     stacks: Annotated[bool, typer.Option("--stacks", help="Where every thread stands.")] = False,
     timeout_s: Annotated[float, typer.Option(help="Wait so long for the answers.")] = 600.0,
 ) -> None:
-    """Have a live run trace some steps, or tell its program, its memory, its stacks.
+    """Look into a live run: a trace, its program, memory, stacks.
 
     What it gives lies in RUN_DIR/profiles. Exit code 1: not all answered.
     """

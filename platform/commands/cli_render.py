@@ -29,7 +29,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def validate(file: File, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Check a cluster file; show every number that follows from it."""
+    """Check a cluster file; show what follows from it."""
     from openmoe.platform.commands import tables
     from openmoe.platform.jobs import cluster_file
 
@@ -37,7 +37,10 @@ def validate(file: File, overrides: Overrides = None, as_json: Json = False) -> 
 
 
 def render(file: File, overrides: Overrides = None, out: Out = None, job: JobRun = None) -> None:
-    """Print the Ray launcher YAML (gcp) or KubeRay manifest (kuberay) of a cluster file."""
+    """Print a cluster file as Ray's launcher or KubeRay take it.
+
+    Launcher YAML for provider gcp, a manifest for kuberay.
+    """
     from openmoe.platform.jobs import cluster_file
     from openmoe.platform.run_file.spec_errors import Problem, SpecError
 

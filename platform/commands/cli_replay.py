@@ -21,11 +21,12 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
     member: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Execute a step again, from the checkpoint before it, and compare every bit with the record.
+    """Execute a recorded step again, and compare every bit.
 
-    As many steps as lie between are executed and compared too: their rows with the ledger, all metrics, and the
-    state if a checkpoint was accepted at the last. On CPU as many processes do it as then; elsewhere, or where these
-    changed in between, losses are compared within 1e-3. Exit code 1: something came out otherwise, the first is named.
+    It begins at the checkpoint before it, and as many steps as lie between are executed and compared too: their rows
+    with the ledger, all metrics, and the state if a checkpoint was accepted at the last. On CPU as many processes do it
+    as then; elsewhere, or where these changed in between, losses are compared within 1e-3. Exit code 1: something came
+    out otherwise, the first is named.
     """
     from openmoe.platform.run.run_dir import RunDir
 

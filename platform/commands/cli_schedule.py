@@ -50,7 +50,10 @@ def add(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Start a run at set times; each firing goes on from the run's last checkpoint."""
+    """Start a run at set times.
+
+    Each firing goes on from the run's last checkpoint.
+    """
     from openmoe.platform.jobs import cron as cron_module
     from openmoe.platform.jobs import job_request
 
@@ -121,7 +124,10 @@ def remove(name: Name, as_json: Json = False) -> None:
 
 @app.command("run-now")
 def run_now(name: Name, as_json: Json = False) -> None:
-    """Submit a schedule's run at once, as a firing would; its other firings stay as they are."""
+    """Submit a schedule's run at once, as a firing would.
+
+    Its other firings stay as they are.
+    """
     from openmoe.platform.jobs import cron
 
     store = store_of_home()
@@ -142,7 +148,10 @@ def run_now(name: Name, as_json: Json = False) -> None:
 
 @app.command()
 def pause(name: Name, as_json: Json = False) -> None:
-    """Let a schedule fire no more until it is resumed; its jobs go on."""
+    """Let a schedule fire no more until it is resumed.
+
+    Its jobs go on.
+    """
     from openmoe.platform.jobs import cron
 
     schedule, now_s = _after(cron.SchedulePaused, name)
@@ -154,7 +163,10 @@ def pause(name: Name, as_json: Json = False) -> None:
 
 @app.command()
 def resume(name: Name, as_json: Json = False) -> None:
-    """Let a paused schedule fire again; nothing is caught up for the pause."""
+    """Let a paused schedule fire again.
+
+    Nothing is caught up for the pause.
+    """
     from openmoe.platform.jobs import cron
 
     schedule, now_s = _after(cron.ScheduleResumed, name)

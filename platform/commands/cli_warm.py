@@ -18,10 +18,11 @@ Workers = Annotated[
 
 
 def warm(run: Run, overrides: Overrides = None, workers: Workers = None) -> None:
-    """Compile a run's programs ahead, for every number of workers that it may have to go on with.
+    """Compile a run's programs ahead of time.
 
-    Each number needs its machines for as long as compiling takes: nothing is compiled for what is not there. Prints the
-    settings with which `openmoe train` then finds its programs. Exit code 1: some could not be compiled.
+    For every number of workers that it may have to go on with. Each number needs its machines for as long as compiling
+    takes: nothing is compiled for what is not there. Prints the settings with which `openmoe train` then finds its
+    programs. Exit code 1: some could not be compiled.
     """
     from openmoe.platform.commands.progress import ProgressReport
     from openmoe.platform.planner import layouts

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from openmoe.platform.commands import cli
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import spec
 
@@ -151,6 +153,19 @@ def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message):
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def commands(group, *names):
+    for name, command in group.commands.items():
+        if not command.hidden:
+            yield (*names, name), command
+            yield from commands(command, *names, name) if hasattr(command, "commands") else ()
+
+
+def test_every_command_has_a_whole_sentence_in_the_lists_of_commands():
+    found = {names: command.get_short_help_str(60) for names, command in commands(typer.main.get_command(cli.app))}
+    assert len(found) > 50
+    assert [names for names, line in found.items() if not line or line.endswith("...")] == []
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,10 @@ def openmoe(tmp_path, monkeypatch, capsys):
 def test_a_job_is_queued_shown_cancelled_and_queued_again(openmoe, tmp_path):
     said = openmoe("submit", "quickstart", "train.steps=200", "--cluster", NOWHERE)
     job_id = said.split()[0]
-    assert said.splitlines()[:2] == [
+    assert said.splitlines()[:3] == [
         f"{job_id} is queued for cluster {NOWHERE}",
+        f"run_dir: {tmp_path}/openmoe-runs/quickstart must be one folder for all hosts of that cluster, on a shared "
+        "disk; or give gs://",
         "no controller runs here, so nothing happens yet; start one: openmoe controller run   (or: openmoe up)",
     ]
     assert f"openmoe jobs logs -f {job_id}" in said
