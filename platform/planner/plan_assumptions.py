@@ -15,7 +15,11 @@ from openmoe.platform.run_file.spec_sections import Section
 
 SHIPPED = Path(__file__).with_name("plan_assumptions.yaml")
 _FILE = spec_source.Kind(
-    noun="assumptions file", package="openmoe.platform", example=str(SHIPPED), override="preemptions.hours_between=2"
+    noun="assumptions file",
+    package="openmoe.platform",
+    example=str(SHIPPED),
+    override="preemptions.hours_between=2",
+    if_missing=f"copy {SHIPPED} and put in your own figures",
 )
 
 
@@ -52,8 +56,6 @@ def load(path: str | None = None, overrides: Sequence[str] = ()) -> Assumptions:
       SpecError: with every problem of the file and the overrides.
     """
     file = SHIPPED if path is None else Path(path).absolute()
-    if not file.is_file():
-        raise SpecError([Problem("", f"no such file; copy {SHIPPED} and put in your own figures")], str(path))
     source = spec_source.read(str(file), _FILE)
     for override in overrides:
         source.override(override)

@@ -19,12 +19,14 @@ class Kind:
       package: where the shipped ones are.
       example: a shipped one to start from.
       override: an example of an override.
+      if_missing: what to do then, where no shipped one can be named.
     """
 
     noun: str
     package: str
     example: str
     override: str
+    if_missing: str = ""
 
     def shipped(self) -> list[str]:
         """Names of the files of this kind that come with the package."""
@@ -138,12 +140,12 @@ def _parse(text: str, where: str, kind: Kind) -> Source:
 
 
 def _text(file: Path | Traversable, where: str, kind: Kind) -> str:
-    if not file.is_file():
-        shipped = ", ".join(kind.shipped())
-        raise SpecError([Problem("", f"no such file; give its path, or a shipped name ({shipped})")], where)
     try:
         with file.open("rb") as stream:
             content = stream.read(spec_yaml.MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = kind.if_missing or f"give its path, or a shipped name ({', '.join(kind.shipped())})"
+        raise SpecError([Problem("", f"no such file; {remedy}")], where) from error
     except OSError as error:
         raise SpecError([Problem("", f"cannot be read: {error.strerror}")], where) from error
     if len(content) > spec_yaml.MAX_BYTES:
