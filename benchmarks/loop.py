@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import quickstart_run
 
 from openmoe.model import sharding, step
 from openmoe.pipelines import manifest as manifests
@@ -47,10 +48,8 @@ GOALS = {"data wait": 0.01, "loop overhead": 0.03, "checkpoint stall": 0.01}
 def build(folder: str, steps: int, overrides: list[str]) -> tuple[list[str], str]:
     """Builds the quickstart's data without Ray; returns settings that name it, and its manifest."""
     stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=400_000, max_code_bytes=400_000)
-    globs = ("wikipedia/*.jsonl", "c4/*.jsonl", "common_crawl/*/*.zst", "the_stack/data/*/*.parquet")
-    settings = [f"data.sources.{i}.paths=[{folder}/corpus/{glob}]" for i, glob in enumerate(globs)]
-    settings += [f"run_dir={folder}/run", f"data_dir={folder}/data", "train.sample_tokens=0"]
-    settings += ["mesh.expert=1", "cluster.num_workers=1", "cluster.devices_per_worker=1", *overrides]
+    settings = [*quickstart_run.settings(folder), f"data_dir={folder}/data", "mesh.expert=1"]
+    settings += ["cluster.num_workers=1", "cluster.devices_per_worker=1", *overrides]
     config = spec.load("quickstart", settings).data
     text = tokenizer.load(config.tokenizer)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}

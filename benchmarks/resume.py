@@ -18,25 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
+import quickstart_run
 
 from openmoe.platform.run.run_dir import RunDir
 
 GOALS_S = {"worker killed": 20.0, "new attempt": 60.0}
-
-
-def start(folder: str, steps: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "openmoe.platform", "quickstart", "--run-dir", f"{folder}/run"]
-    command += [f"train.steps={steps}", "train.checkpoint_every_steps=5", "train.sample_tokens=0"]
-    command += [f"sample_corpus={folder}/corpus"]
-    globs = ("wikipedia/*.jsonl", "c4/*.jsonl", "common_crawl/*/*.zst", "the_stack/data/*/*.parquet")
-    command += [f"data.sources.{i}.paths=[{folder}/corpus/{glob}]" for i, glob in enumerate(globs)]
-    clean = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    with open(f"{folder}/log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=clean, start_new_session=True)
 
 
 def below(process: subprocess.Popen[bytes], words: str) -> list[psutil.Process]:
@@ -69,13 +58,13 @@ def measure(steps: int = 20) -> list[dict[str, Any]]:
     """Returns the restarts, as `openmoe goodput --json` has them, with the programs that each one loaded."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = RunDir(f"{folder}/run")
-        process = start(folder, steps)
+        process = quickstart_run.start(folder, steps, checkpoint_every_steps=5)
         try:
             wait_for_step(run, process, 5)
             below(process, "RayTrainWorker")[-1].send_signal(signal.SIGKILL)
             wait_for_step(run, process, 10)
             kill(process)
-            process = start(folder, steps)
+            process = quickstart_run.start(folder, steps, checkpoint_every_steps=5)
             wait_for_step(run, process, steps)
             process.wait()
         finally:
@@ -106,5 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

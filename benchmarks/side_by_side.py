@@ -14,13 +14,13 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import quickstart_run
 
 from openmoe.clusters import local_ray
 
@@ -34,18 +34,6 @@ from openmoe.platform.run import journal
 from openmoe.platform.run.run_dir import RunDir
 
 GOAL, TASK_MEMORY_BYTES = 0.01, 192 * 2**20
-
-
-def start(folder: str, steps: int) -> subprocess.Popen[bytes]:
-    """Starts the quickstart in this process's Ray, on a corpus in `folder`."""
-    command = [sys.executable, "-m", "openmoe.platform", "quickstart", "--run-dir", f"{folder}/run"]
-    command += [f"train.steps={steps}", "train.checkpoint_every_steps=10", "train.sample_tokens=0"]
-    command += [f"sample_corpus={folder}/corpus"]
-    globs = ("wikipedia/*.jsonl", "c4/*.jsonl", "common_crawl/*/*.zst", "the_stack/data/*/*.parquet")
-    command += [f"data.sources.{i}.paths=[{folder}/corpus/{glob}]" for i, glob in enumerate(globs)]
-    address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    with open(f"{folder}/log", "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | address)
 
 
 def records(run: RunDir) -> list[dict[str, Any]]:
@@ -87,7 +75,8 @@ class Builds:
 
 def measure(folder: str, steps: int) -> dict[str, Any]:
     run, builds = RunDir(f"{folder}/run"), Builds(folder)
-    process = start(folder, 20 * steps)
+    here = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = quickstart_run.start(folder, 20 * steps, checkpoint_every_steps=10, environment=here)
     try:
         wait_for_step(run, process, 10)  # what is compiled is compiled
         before, first = pids(), len(records(run))
