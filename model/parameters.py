@@ -81,8 +81,11 @@ class Parameter(nn.LogicallyPartitioned):
 
 
 def declare(shape: tuple[int, ...], roles: tuple[str, ...], initializer: Initializer) -> Callable[[Array], Any]:
-    """Returns what `Module.param` wants: a function from a key to the boxed parameter, which it unboxes."""
-    return lambda key: Parameter(initializer(key, shape), roles, initializer=initializer)
+    """Returns what `Module.param` wants: a function from a key to the boxed parameter, which it unboxes.
+
+    Only its shape counts; its numbers are those of `draw`.
+    """
+    return lambda key: Parameter(jnp.zeros(shape), roles, initializer=initializer)
 
 
 def roles_of(declared: Any) -> Any:

@@ -50,6 +50,13 @@ def unstack(config: ModelConfig, tree: Any) -> Any:
     return {**tree, "decoder": decoder}
 
 
+def repeat(config: ModelConfig, tree: Any) -> Any:
+    """Gives all layers of a model what a tree in the first form has for those of one block: blocks are alike."""
+    size, decoder = config.block_layers, tree["decoder"]
+    layers = {f"layers_{i}": decoder[f"layers_{i % size}"] for i in range(config.num_layers)}
+    return {**tree, "decoder": {**decoder, **layers}}
+
+
 def _block(index: int, leaf: Array) -> Array:
     return leaf[index]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def _init_optimizer(config: ModelConfig, optimizer_config: OptimizerConfig, mesh
     return jax.jit(transformation(config, optimizer_config, mesh).init, out_shardings=layout)
 
 
+@functools.lru_cache(maxsize=KEPT)
 def state_shapes(
     config: ModelConfig, optimizer_config: OptimizerConfig, mesh: Mesh, execution: ExecutionConfig = PLAIN
 ) -> TrainState:
@@ -129,8 +131,9 @@ def _layout(
 def declarations(config: ModelConfig, mesh: Mesh) -> Any:
     """Returns the parameters' tree with an abstract `parameters.Parameter` in place of arrays."""
     ids = jax.ShapeDtypeStruct((mesh.size, config.group_size), jnp.int32)  # any whole groups do
-    init = Transformer(config, mesh, train=True).init
-    return jax.eval_shape(init, jax.random.key(0), ids, ids, ids)["params"]
+    one_block = replace(config, num_layers=config.block_layers)  # a restart waits for this trace
+    init = Transformer(one_block, mesh, train=True).init
+    return stacking.repeat(config, jax.eval_shape(init, jax.random.key(0), ids, ids, ids)["params"])
 
 
 def transformation(

@@ -13,6 +13,7 @@ from openmoe.model import counts, step
 from openmoe.model.config import PRESETS
 from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.model.parameters import Normal, TruncatedNormal
+from openmoe.model.transformer import Transformer
 
 
 def flat(tree):
@@ -60,6 +61,15 @@ def test_initial_distributions_of_openmoe_8b(name, distribution, mesh_of):
     found = flat(step.declarations(PRESETS["openmoe-8b"], mesh_of(1, 1)))[name].initializer
     assert type(found) is type(distribution)
     assert found.deviation == pytest.approx(distribution.deviation, rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["openmoe-nano", "openmoe-next-nano"])
+def test_what_is_declared_from_one_block_is_what_all_of_them_declare(preset, mesh_of):
+    config, mesh = PRESETS[preset], mesh_of(1, 1)
+    assert config.num_layers > config.block_layers
+    ids = jax.ShapeDtypeStruct((1, config.group_size), np.int32)
+    whole = jax.eval_shape(Transformer(config, mesh, train=True).init, jax.random.key(0), ids, ids, ids)
+    assert step.declarations(config, mesh) == whole["params"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
