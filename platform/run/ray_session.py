@@ -35,7 +35,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         # Its search for runs that were killed: where a slice had gone, the end of a group waited 30 s for it.
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION", "0")
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # of 30 s of notice, Ray's 5 are too many
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")  # a dead worker is noticed half a second sooner
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # of 2: a dead worker is noticed sooner
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that outlives `ray.shutdown` would start another Ray
     import ray
 

@@ -10,7 +10,9 @@ TPU alike, with timeouts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import os
 import socket
 import time
@@ -41,6 +43,8 @@ from openmoe.platform.run_file.spec import ClusterConfig, RunSpec
 from openmoe.platform.train import milestones
 
 UNKNOWN_GRACE_S = 30.0  # of a drain without a deadline
+KNOCK_FOR_S, KNOCK_EVERY_S = 10.0, 0.02  # at rank 0's door
+GARBAGE_OBJECTS = 300_000  # more of them than before, and Python looks which are garbage
 
 
 @dataclass
@@ -109,8 +113,13 @@ def _join(
 ) -> None:
     os.environ.update(environment)  # over what the provider wrote there: slices may have been replaced since
     milestones.passed("join_s")
+    # A pass over the million objects of Ray, JAX and a traced step takes a quarter second, and Python would make half a
+    # dozen of them until there is a step.
+    gc.set_threshold(GARBAGE_OBJECTS)
     import jax
 
+    if process_id:
+        wait_for_listener(address)
     jax.distributed.initialize(
         address,
         num_processes,
@@ -122,6 +131,19 @@ def _join(
         initialization_timeout=config.init_timeout_s,
     )
     milestones.passed("joined_s")
+
+
+def wait_for_listener(address: str, timeout_s: float = KNOCK_FOR_S) -> None:
+    """Returns when somebody listens at `address`, or after `timeout_s`: then it is for JAX to go on trying.
+
+    JAX's client comes too early as often as not, and tries again only after a second.
+    """
+    host, _, port = address.rpartition(":")
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout_s):
+            return
+        time.sleep(KNOCK_EVERY_S)
 
 
 def run_incarnation(

@@ -4,8 +4,11 @@ import errno
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import pytest
@@ -67,6 +70,24 @@ def failed(run_group, tmp_path_factory):
 
 def test_workers_on_cpu_form_one_process_group_that_exchanges_data(failed):
     assert failed[1] == {"0": "2 2 6.0", "1": "2 2 6.0"}
+
+
+def test_a_rank_waits_until_rank_0_listens():
+    listening = threading.Event()
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+
+        def open_late():
+            time.sleep(0.2)
+            listening.set()
+            door.listen()
+
+        opener = threading.Thread(target=open_late)
+        opener.start()
+        worker_group.wait_for_listener(f"127.0.0.1:{door.getsockname()[1]}")
+        opener.join()
+    assert listening.is_set()
+    worker_group.wait_for_listener("127.0.0.1:1", timeout_s=0.1)  # nobody ever does: that is for JAX to say
 
 
 def test_an_exception_in_a_worker_is_bad_code_with_its_trace(failed):
