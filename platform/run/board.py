@@ -17,6 +17,7 @@ from openmoe.clusters.processes import Process
 from openmoe.platform.run.frozen import Pulse
 from openmoe.platform.run.stragglers import Pace
 from openmoe.platform.run.verdict import Failure
+from openmoe.platform.train import memory_kills
 
 T = TypeVar("T")
 
@@ -45,6 +46,10 @@ class Board:
     def memory_kills(self) -> dict[int, int | None]:
         """Returns the counter of each rank that said where it is, when it said so."""
         return self._memory_kills
+
+    def memory_kills_here(self) -> dict[str, int | None]:
+        """Returns the counter of the board's own node as it is now: it need not wait for a process there."""
+        return {ray.get_runtime_context().get_node_id(): memory_kills.count()}
 
     def lives(self, rank: int, node_id: str, process: Process | None) -> None:
         """Keeps that a worker's process gets on; None: it has done its work, and says no more."""

@@ -226,7 +226,8 @@ class Attempt:
         placements = boards.ask(board.placements.remote(), placements)
         told = lives.failures() | boards.ask(board.failures.remote(), {})
         if dead := [f.rank for f in evidence.failures if f.kind == "process_died" and f.rank not in told]:
-            before, after = boards.ask(board.memory_kills.remote(), {}), hosts.memory_kills(placements.values())
+            before, after = (boards.ask(b.remote(), {}) for b in (board.memory_kills, board.memory_kills_here))
+            after |= hosts.memory_kills(set(placements.values()) - after.keys())
             told |= memory_kills.named(dead, placements, before, after)
         return replace(evidence.with_told(told), hosts=watch.look(placements))
 

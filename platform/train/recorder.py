@@ -26,7 +26,8 @@ Check = Callable[[dict[str, Any], Callable[..., None]], None]
 class Recorder:
     """Writes metrics, ledger and events of one process; the first two only of process 0, since all are the same.
 
-    Metrics are read one step late, so that the devices never wait for the host.
+    Metrics are read one step late, so that the devices never wait for the host; those of the first step at once, since
+    whoever restarted the run waits for them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Recorder:
         self._wandb = WandbCurves(run, row_tokens=row_tokens) if self._leads and "wandb" in trackers else None
         self._report, self._check = report, check
         self._in_flight: tuple[Position, Position, dict[str, Array | float]] | None = None
+        self._has_recorded = False
         self._last = Position()
         self._last_time_s = time.time()
         self.ledger_head = ""
@@ -99,11 +101,14 @@ class Recorder:
         """Takes the metrics of the step that led to `position`, and keeps those of the step before it.
 
         Raises:
-          BadNumbers: as the check of the step before this one found.
+          BadNumbers: as the check of the step before this one, or of the first step, found.
         """
         self.catch_up()
         self._in_flight = (self._last, position, metrics)
         self._last = position
+        if not self._has_recorded:
+            self.catch_up()
+            self._has_recorded = True
 
     def catch_up(self) -> None:
         """Waits for the step in flight, if any, and keeps its metrics."""

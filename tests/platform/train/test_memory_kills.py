@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.platform.run import hosts
+from openmoe.platform.run import board, hosts
 from openmoe.platform.run.verdict import Evidence, Failure, diagnose
 from openmoe.platform.train import memory_kills
 
@@ -96,3 +96,4 @@ def test_a_node_is_asked_for_its_counter(ray_local):
     [node] = [node["NodeID"] for node in ray_local.nodes() if node["Alive"]]
     assert hosts.memory_kills([node, node]) == {node: memory_kills.count()}
     assert hosts.memory_kills([]) == {}
+    assert board.ask(board.start().memory_kills_here.remote(), None) == {node: memory_kills.count()}
