@@ -293,6 +293,7 @@ def test_a_worker_that_is_stopped_ends_its_group_and_is_named_with_its_host(stor
 
 
 def test_a_spare_slice_that_loses_a_host_is_drained_whole_while_the_run_goes_on(story):
+    story.wait_until_repaired()
     before, used = story.incarnation(), story.slice()
     [spare] = story.twin.states().keys() - {used}
     story.twin.kill_host(f"{spare}-1")
