@@ -109,13 +109,13 @@ def open_read(path: str) -> Generator[BinaryIO]:
             yield file
 
 
-def write_durable(path: str, data: bytes) -> None:
-    """Writes or replaces a file; when this returns, the content survives a crash of the machine."""
-    with _explained(path, f"be written ({len(data):,} bytes)"):
+def write_durable(path: str, *pieces: bytes) -> None:
+    """Writes or replaces a file of some pieces; when this returns, they survive a crash of the machine."""
+    with _explained(path, f"be written ({sum(map(len, pieces)):,} bytes)"):
         if is_remote(path):
-            _gcs().pipe_file(path, data)
+            _gcs().pipe_file(path, b"".join(pieces))
             return
-        with _synced_temporary(Path(path), data) as temporary:
+        with _synced_temporary(Path(path), *pieces) as temporary:
             temporary.replace(path)
         _sync_folder(Path(path).parent)
 
@@ -271,13 +271,13 @@ def _gcs() -> Any:
 
 
 @contextlib.contextmanager
-def _synced_temporary(path: Path, data: bytes) -> Generator[Path]:
+def _synced_temporary(path: Path, *pieces: bytes) -> Generator[Path]:
     """Gives a complete, synced file beside `path`, which is gone afterwards unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

@@ -109,8 +109,8 @@ def unit_key(receipt: dict[str, Any]) -> str:
 
 
 def _commit(folder: str, name: str, table: _Table) -> dict[str, Any]:
-    content, receipt = table.finish()
-    storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
+    pieces, receipt = table.finish()
+    storage.write_durable(storage.join(folder, f"{name}.parquet"), *pieces)
     if table.kept_aside:
         lines = "".join(json.dumps(line) + "\n" for line in table.kept_aside)
         storage.write_durable(storage.join(folder, f"{name}.bad.jsonl"), lines.encode())
@@ -129,8 +129,8 @@ def _receipt_of(folder: str, name: str) -> str:
 def quarantine(unit: Unit, tokenizer: Tokenizer, folder: str, *, reason: str) -> dict[str, Any]:
     """Gives a unit that cannot be tokenized an empty file and a receipt that says why; delete that to try again."""
     name = key(unit, tokenizer)
-    content, receipt = _Table(unit, tokenizer).finish()
-    storage.write_durable(storage.join(folder, f"{name}.parquet"), content)
+    pieces, receipt = _Table(unit, tokenizer).finish()
+    storage.write_durable(storage.join(folder, f"{name}.parquet"), *pieces)
     return _create(folder, {"key": name, **receipt, "quarantined": reason})
 
 
@@ -212,22 +212,22 @@ class _Table:
             self._encode()
 
     def _encode(self) -> None:
-        encoded = self._tokenizer.encode([document.utf8 for document in self._documents])
-        answers = iter(self._tokenizer.encode([d.answer for d in self._documents if d.answer is not None]))
-        for document, tokens in zip(self._documents, encoded, strict=True):
-            utf8, ids = document.utf8, tokens
-            if document.answer is not None:  # EOS, which no text becomes, lies between
-                utf8 += document.answer
-                ids = np.concatenate([tokens, np.asarray([self._tokenizer.eos_id], np.uint32), next(answers)])
+        documents, self._documents, self._held_bytes = self._documents, [], 0
+        encoded = self._tokenizer.encode([document.utf8 for document in documents])
+        answers = iter(self._tokenizer.encode([d.answer for d in documents if d.answer is not None]))
+        files, offsets, hashes, tokens = self._columns.values()
+        for (path, offset, utf8, _, answer), ids in zip(documents, encoded, strict=True):
+            if answer is not None:  # EOS, which no text becomes, lies between
+                utf8 += answer
+                ids = np.concatenate([ids, np.asarray([self._tokenizer.eos_id], np.uint32), next(answers)])
             if len(ids) < 2:  # nothing is left to predict of a single token
-                self._reject(BadLine(document.path, document.offset, "one_token", utf8))
+                self._reject(BadLine(path, offset, "one_token", utf8))
                 continue
             self._text_bytes += len(utf8)
-            self._columns["file"].append(document.path)
-            self._columns["offset"].append(document.offset)
-            self._columns["hash"].append(hashlib.blake2b(utf8, digest_size=16).digest())
-            self._columns["tokens"].append(ids)
-        self._documents, self._held_bytes = [], 0
+            files.append(path)
+            offsets.append(offset)
+            hashes.append(hashlib.blake2b(utf8, digest_size=16).digest())
+            tokens.append(ids)
 
     def _reject(self, bad: BadLine) -> None:
         where = {"path": bad.path, "offset": bad.offset, "reason": bad.reason}
@@ -238,12 +238,12 @@ class _Table:
             cut = {"bytes": len(bad.raw)} if len(bad.raw) > _KEPT_BYTES else {}
             self.kept_aside.append({**where, **_exactly(bad.raw[:_KEPT_BYTES]), **cut})
 
-    def finish(self) -> tuple[bytes, dict[str, Any]]:
-        """Returns the Parquet file and the receipt, which holds nothing but facts about the content."""
+    def finish(self) -> tuple[list[bytes], dict[str, Any]]:
+        """Returns the Parquet file, in pieces, and the receipt, which holds nothing but facts about the content."""
         self._encode()
         lengths = np.asarray([len(tokens) for tokens in self._columns["tokens"]], np.int64)
         digest = hashlib.sha256(lengths.data)
-        file = io.BytesIO()
+        file = _Pieces()
         with pq.ParquetWriter(file, _SCHEMA, **_ENCODING) as writer:
             _, firsts = np.unique((np.cumsum(lengths) - lengths) // _ROW_GROUP_TOKENS, return_index=True)
             for first, end in itertools.pairwise([*firsts.tolist(), len(lengths)]):
@@ -251,8 +251,7 @@ class _Table:
                 values = np.concatenate(self._columns["tokens"][rows])
                 digest.update(values.data)
                 writer.write_table(self._row_group(rows, values, lengths[rows]))
-        content = file.getvalue()
-        return content, {
+        return file.pieces, {
             "source": self._unit.source,
             "path": self._unit.path,
             "start": self._unit.start,
@@ -264,7 +263,7 @@ class _Table:
             "bad_samples": self._samples,
             "repaired": self._repaired,
             "tokens_sha256": digest.hexdigest(),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": file.digest.hexdigest(),
         }
 
     def _row_group(self, rows: slice, values: np.ndarray, lengths: np.ndarray) -> pa.Table:
@@ -281,6 +280,22 @@ class _Table:
             pa.ListArray.from_arrays(_array(pa.int32(), offsets, count + 1), flat, type=_TOKENS),
         ]
         return pa.Table.from_arrays(columns, schema=_SCHEMA)
+
+
+class _Pieces(io.RawIOBase):
+    """A file in memory as it was written: put together, each piece would be copied once more, to fresh memory."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self.pieces.append(bytes(piece))
+        self.digest.update(piece)
+        return len(piece)
 
 
 def digest(documents: Tokens) -> str:

@@ -27,6 +27,7 @@ ALLOWED = {
         "aiohttp",
         "google",
         "zstandard",
+        "pydantic_core",
         "ray",
     },
     "clusters": {"yaml", "pydantic", "psutil"},
