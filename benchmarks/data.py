@@ -153,7 +153,10 @@ def tokenizing(corpus: Corpus, repeats: int) -> list[Rate]:
 
 
 def _raw_and_ours(unit: sources.Unit, text: tokenizer.Tokenizer) -> tuple[Callable[[], int], Callable[[], int]]:
-    """Returns two works over the documents of a unit: their tokens, and the way from the file to the token cache."""
+    """Returns two works over a unit: one call of SentencePiece over its texts, and the way from file to token cache.
+
+    Both have their ids as NumPy arrays, and one thread; the first is given the texts as str, in memory.
+    """
     texts = [record.text for record in sources.read(unit) if isinstance(record, sources.Document)]
 
     def raw() -> int:
