@@ -4,11 +4,13 @@ import secrets
 import sys
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from openmoe.platform.run.run_dir import RunDir
     from openmoe.platform.train.profiling import Request
 
@@ -38,9 +40,12 @@ def profile(
     if processes != "all" and not all(part.isdecimal() for part in processes.split(",")):
         raise SpecError([Problem("", f"--processes {processes}: give numbers, as 0,3, or all")])
     run.must_exist()
-    started = [event for event in run.events() if event["event"] == "started"]
+    events = run.events()
+    started = [event for event in events if event["event"] == "started"]
     if not started:
         raise RunDirError(f"{run.path}: no worker group has started yet; ask again when it trains")
+    if why := _over(run, started[-1], events):
+        raise RunDirError(f"{run.path}: {why}; nobody would answer, ask again when it trains")
     wanted = range(started[-1]["processes"]) if processes == "all" else sorted({int(p) for p in processes.split(",")})
     if wanted[-1] >= started[-1]["processes"]:
         raise SpecError([Problem("", f"--processes {processes}: the run has {started[-1]['processes']}, from 0 on")])
@@ -50,6 +55,15 @@ def profile(
     )
     profiling.ask(run, request)
     raise typer.Exit(0 if _answered(run, request, timeout_s) else 1)
+
+
+def _over(run: "RunDir", started: "Mapping[str, Any]", events: "Sequence[Mapping[str, Any]]") -> str:
+    """Returns why the newest worker group, which has `started`, gives no answer any more; "" while it may."""
+    ended = [e for e in events if e["event"] == "ended" and e["incarnation"] == started["incarnation"]]
+    if ended:
+        return f"its newest worker group has ended ({ended[-1]['cause'].replace('_', ' ')})"
+    finished = run.finished()
+    return "it is finished" if finished and finished["time_s"] > started["time_s"] else ""
 
 
 def _answered(run: "RunDir", request: "Request", timeout_s: float) -> bool:

@@ -16,7 +16,7 @@ export class RunPage {
     this.loss = new LineChart({ title: "Is it learning?", note: "cross-entropy, sentinels left out", unit: "nats", height: 300, format: (v) => v.toFixed(3), tick: compact, trend: true });
     this.speed = new LineChart({ title: "How fast?", unit: "tokens/s", height: 190, zero: true });
     this.drops = new LineChart({ title: "Are experts too full?", unit: "choices dropped", height: 190, format: (v) => percent(v, 1), tick: (v) => percent(v), zero: true });
-    this.entropy = new LineChart({ title: "Do all routers choose?", unit: "of an even choice's entropy, least layer", height: 190, format: (v) => percent(v, 1), tick: (v) => percent(v), zero: true });
+    this.entropy = new LineChart({ title: "Do all routers choose?", note: "entropy, least layer", unit: "of an even choice", height: 190, format: (v) => percent(v, 1), tick: (v) => percent(v), zero: true });
     this.gradients = new LineChart({ title: "Is it stable?", unit: "gradient norm", height: 190, zero: true });
     this.loss.box.id = "loss";
     this.loss.box.querySelector("header").append(this.#axisSwitch());

@@ -55,6 +55,7 @@ class WrittenRun:
             load = [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]]
             record = {"step": self.step, "time_s": self.now_s, "step_s": 1.0, "loss": loss(self.step) + 0.1}
             record |= {"text_loss": loss(self.step), "drop_fraction": 0.25, "grad_norm": 2.0, "expert_load": load}
+            record |= {"router_entropy": [0.75, 0.5]}
             self.journal("metrics").append(record | more)
         if flush:
             self.journal("metrics").flush()

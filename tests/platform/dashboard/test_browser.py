@@ -56,7 +56,7 @@ def test_a_run_is_drawn_as_its_records_say(begin, open_run):
     expect(page.locator("#loss .readout")).to_contain_text("step 60 · 8.400 nats")
     expect(page.locator("#loss .plot")).to_have_attribute("data-points", "60")
     assert page.locator("#loss canvas").evaluate(INK) > 20
-    for heading in ("How fast?", "Are experts too full?", "Is it stable?"):
+    for heading in ("How fast?", "Are experts too full?", "Do all routers choose?", "Is it stable?"):
         chart = page.locator(".chart", has=page.get_by_role("heading", name=heading))
         assert chart.locator("canvas").evaluate(INK) > 10
     rows = page.locator("#timeline tbody tr")

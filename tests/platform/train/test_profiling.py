@@ -96,3 +96,12 @@ def test_nobody_who_answers_and_bad_requests_are_told(tmp_path):
     result = profile(run, "--stacks", "--processes", "all", "--timeout-s", "0")
     assert result.exit_code == 1
     assert "no answer from process 0, 1 in 0 s: does it live?" in result.output
+    run.finish({"time_s": 0.5})  # and then gone on with
+    assert profile(run, "--stacks", "--timeout-s", "0").exit_code == 1
+    run.finish({"time_s": 2.0})
+    with pytest.raises(RunDirError, match="run: it is finished; nobody would answer, ask again when it trains"):
+        profile(run, "--stacks")
+    events.append({"event": "ended", "time_s": 3.0, "cause": "host_fault"})
+    events.flush()
+    with pytest.raises(RunDirError, match=r"its newest worker group has ended \(host fault\); nobody would answer"):
+        profile(run, "--stacks")
