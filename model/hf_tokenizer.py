@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from typing import NamedTuple
 
+from openmoe.model import hf_files, interop
 from openmoe.model.config import ModelConfig
 from openmoe.model.interop import CheckpointError
 
+# What transformers reads of any tokenizer; its code is not carried over: ours is part of every export.
+FILES = (
+    "tokenizer*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
 BOS_ID, EOS_ID = 0, 1  # as config.json says of every model
 
 
@@ -49,3 +61,30 @@ def files(tokenizer: SentencePieceModel, config: ModelConfig) -> dict[str, bytes
         "tokenizer.model": tokenizer.proto,
         "tokenizer_config.json": (json.dumps(content, indent=2) + "\n").encode(),
     }
+
+
+def files_in(path: str) -> dict[str, bytes]:
+    """Returns the files of the tokenizer that lies beside a model, by name, as they are; none if there is none.
+
+    Args:
+      path: the model's folder, local or gs://.
+
+    Raises:
+      CheckpointError: one of them cannot be read.
+    """
+    path = path.rstrip("/")
+    try:
+        entries = interop.files(path).ls(path, detail=True)
+        there = sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] != "directory")
+        return {name: _read(f"{path}/{name}") for name in there if _is_of_tokenizer(name)}
+    except OSError as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return not name.endswith(".py") and any(fnmatch.fnmatchcase(name, pattern) for pattern in FILES)
+
+
+def _read(path: str) -> bytes:
+    with hf_files.open_file(path, "rb") as file:
+        return file.read()

@@ -34,7 +34,9 @@ OfParameters = Annotated[Dtype, typer.Option(help="Type of the parameters; orbax
 TokenizerModel = Annotated[
     str | None,
     typer.Option(
-        "--tokenizer", metavar="MODEL", help="SentencePiece model that goes along to hf: a file, gs://, builtin:<name>."
+        "--tokenizer",
+        metavar="MODEL",
+        help="SentencePiece model that goes along to hf: a file, gs://, builtin:<name>; from hf: instead of SRC's own.",
     ),
 ]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare a forward pass of both, layer by layer.")]
@@ -65,13 +67,14 @@ def convert(
     if tokenizer is not None and destination_format != "hf":
         raise SpecError([Problem("", "a tokenizer goes along to hf only; leave it out")], f"--tokenizer {tokenizer}")
     config = _config(source, source_format, model)
-    beside = _tokenizer_files(tokenizer, config) if tokenizer is not None else {}
+    beside = _tokenizer_files(tokenizer, config) if tokenizer is not None else _tokenizer_of(source, source_format)
     if destination_format == "hf":
         hf_config.config_json(config, dtype)  # an error now, not after everything has been read
     with progress.ProgressReport() as show:
         if destination_format == "hf":
             if source_format != "hf":
                 show.say(f"hf has parameters only: the step and the optimizer's state of {source} stay behind")
+            show.say(f"tokenizer: {', '.join(beside) or 'none goes along; --tokenizer MODEL adds one'}")
             parameters = _parameters(source, source_format, config)
             report = _counted(show, "write")
             path = hf_checkpoint.write(destination, config, parameters, dtype=dtype, beside=beside, report=report)
@@ -80,6 +83,8 @@ def convert(
                 show.say(
                     f"hf has parameters only: {destination_format} begins at step 0 with a fresh state of the optimizer"
                 )
+            if beside:
+                show.say(f"{destination_format} has no place for a tokenizer: {', '.join(beside)} stay behind")
             state = _state(source, source_format, config)
             if destination_format == "t5x":
                 path = t5x_checkpoint.write_state(destination, state, dtype=dtype, report=_counted(show, "write"))
@@ -114,6 +119,13 @@ def _tokenizer_files(uri: str, config: ModelConfig) -> dict[str, bytes]:
     model, sentinels = tokenizer.load(uri), DataConfig.num_sentinels
     given = hf_tokenizer.SentencePieceModel(model.proto, model.pieces, model.eos_id, sentinels)
     return hf_tokenizer.files(given, config)
+
+
+def _tokenizer_of(path: str, kind: Format) -> dict[str, bytes]:
+    """What a checkpoint has of a tokenizer, as it is: only one of Hugging Face may have one."""
+    from openmoe.model import hf_tokenizer
+
+    return hf_tokenizer.files_in(path) if kind == "hf" else {}
 
 
 def _parameters(path: str, kind: Format, config: ModelConfig) -> Mapping[str, Readable]:

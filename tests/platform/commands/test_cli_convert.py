@@ -155,6 +155,7 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
     )
     assert out == "hf\n"
     assert "hf has parameters only: the step and the optimizer's state of t5x/checkpoint_5 stay behind\n" in err
+    assert "tokenizer: tokenizer.model, tokenizer_config.json\n" in err
     assert "write: 49 of 49 arrays" in err
     assert "checked: 4 layers, largest difference 0.0 of " in err
     assert sorted(path.name for path in (folder / "hf").iterdir()) == [
@@ -177,6 +178,7 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
     out, err = openmoe_here(convert, "hf new-t5x --from hf --to t5x")
     assert out == "new-t5x/checkpoint_0\n"
     assert "hf has parameters only: t5x begins at step 0 with a fresh state of the optimizer\n" in err
+    assert "t5x has no place for a tokenizer: tokenizer.model, tokenizer_config.json stay behind\n" in err
     assert checkpoint.checksum(t5x.restore(out.strip(), template)) == checkpoint.checksum(wanted)
 
     out, err = openmoe_here(convert, "hf new-orbax --from hf --to orbax --no-check")
@@ -185,9 +187,15 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
     assert checkpoint.checksum(restored) == checkpoint.checksum(wanted)
 
     out, err = openmoe_here(convert, "new-orbax/0 hf-again --from orbax --to hf --model openmoe-nano --no-check")
+    assert "tokenizer: none goes along; --tokenizer MODEL adds one\n" in err
     assert (folder / "hf-again/model.safetensors").read_bytes() == (folder / "hf/model.safetensors").read_bytes()
 
+    (folder / "hf/special_tokens_map.json").write_text("{}")  # as others' exports have it
     out, err = openmoe_here(convert, "hf half --from hf --to hf --dtype bfloat16")
+    carried = ["special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"]
+    assert f"tokenizer: {', '.join(carried)}\n" in err
+    of_both = [[(folder / name / file).read_bytes() for file in carried] for name in ("hf", "half")]
+    assert of_both[0] == of_both[1]
     assert "checked: 4 layers, largest difference 0.0 of " in err
     sizes = [(folder / name / "model.safetensors").stat().st_size for name in ("hf", "half")]
     assert 1.99 < sizes[0] / sizes[1] < 2
