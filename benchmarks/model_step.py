@@ -40,7 +40,10 @@ from openmoe.model.optimizer_config import AdafactorConfig
 
 OPTIMIZER = AdafactorConfig()
 KINDS = ("ours", "one-hot", "dropless", "dense, equal FLOPs", "dense, same width", "head alone")
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the platform's CPU workers have them
+MALLOC = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+)
+KEPT_MEMORY = {"GLIBC_TUNABLES": MALLOC}  # as the platform's CPU workers have it
 PRODUCTS = 3  # of each forward product, two more in the backward pass
 
 
@@ -347,14 +350,14 @@ def report_ratios(measured: list[Measured], *, on_cpu: bool) -> None:
             print(f"  {name} / {other:24} {dtype:9} {ratio:5.2f} of {bound:5.2f}: {ratio / bound:4.0%} of the bound")
 
 
-def with_huge_pages() -> None:
+def with_kept_memory() -> None:
     """Starts this command anew with what malloc reads before a process starts, unless it is set."""
-    if sys.platform == "linux" and not HUGE_PAGES.keys() & os.environ.keys():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | HUGE_PAGES)
+    if sys.platform == "linux" and not KEPT_MEMORY.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | KEPT_MEMORY)
 
 
 def main() -> None:
-    with_huge_pages()
+    with_kept_memory()
     parser = argparse.ArgumentParser(description="Training step benchmark; the module's docstring says what it prints.")
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")

@@ -28,7 +28,7 @@ def test_the_step_benchmark_runs_without_an_installed_package_and_one_hot_is_the
     table = [line.split("float32")[0].strip() for line in out.splitlines() if "float32  " in line]
     assert table[:3] == ["ours, groups of 64", "one-hot, groups of 64", "head alone"]
     if sys.platform == "linux":
-        assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in out
+        assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0" in out
     assert "of the bound" in out
 
 

@@ -263,21 +263,27 @@ def worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     match cluster.accelerator:
         case "cpu":
             devices = str(cluster.devices_per_worker)
-            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices} | _huge_pages()
+            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices} | _kept_memory()
         case "gpu":
             return {"JAX_PLATFORMS": "cuda"}
         case "tpu":
             return {}
 
 
-def _huge_pages() -> dict[str, str]:
-    """Returns what lets glibc's malloc ask for huge pages, unless the user has tuned it; elsewhere nobody reads it.
+# In huge pages; and what a process has taken it keeps: one arena (those of threads cannot hold large arrays), which
+# large arrays do not pass by, and which is not given back below a TiB of free memory at its end.
+_MALLOC = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
+)
 
-    XLA takes each step's temporary arrays from malloc, which maps them anew, page fault by page fault. It has to be set
-    before a process starts. A process with JAX and one small product: 264 MB resident instead of 262; a training
-    worker's growth has not been measured.
+
+def _kept_memory() -> dict[str, str]:
+    """Returns what lets glibc's malloc keep its memory, unless the user has tuned it; elsewhere nobody reads it.
+
+    XLA takes the same temporary arrays from malloc in every step, which otherwise maps them anew, page fault by page
+    fault, and unmaps them. It has to be set before a process starts. docs/speed.md says what it is worth.
     """
-    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": _MALLOC}
 
 
 # Words of JAX's own errors when the other side of a collective, or the coordinator, has gone.

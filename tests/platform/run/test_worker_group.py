@@ -174,7 +174,8 @@ def test_of_bad_input_the_text_is_its_one_line_whatever_trace_it_carries():
             {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": "4",
-                "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+                "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0"
+                ":glibc.malloc.trim_threshold=1099511627776",
             },
         ),
         (
