@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -67,8 +68,8 @@ def _first(manifest: manifests.Manifest, stream: int, rows: int, cache_bytes: in
             cache_dir=local_cache.default_folder(),
             cache_bytes=cache_bytes,
         )
-        found += shard.read(list(range(min(rows - len(found), receipt["rows"]))))
-        shard.close()
+        with contextlib.closing(shard):
+            found += shard.read(list(range(min(rows - len(found), receipt["rows"]))))
     return found
 
 

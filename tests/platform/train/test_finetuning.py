@@ -95,6 +95,7 @@ def test_a_run_on_conversations_begins_with_the_parameters_of_another_and_learns
     assert answer.endswith("</s> </s>")  # of the template, and EOS
 
 
+@pytest.mark.faults  # a minute of real processes, as those have
 def test_a_run_on_gs_is_fine_tuned_from_one_there_by_the_real_driver_and_answers(base, talks, gcs, capsys):
     from openmoe.platform.run import driver
 
