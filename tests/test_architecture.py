@@ -27,7 +27,6 @@ ALLOWED = {
         "aiohttp",
         "google",
         "zstandard",
-        "pydantic_core",
         "ray",
     },
     "clusters": {"yaml", "pydantic", "psutil"},
