@@ -70,11 +70,6 @@ class Loader:
         return self._manifest.seq_len
 
     @property
-    def source_names(self) -> list[str]:
-        """The sources, as numbered by `sources_of`."""
-        return [source.name for source in self._manifest.sources]
-
-    @property
     def num_rows(self) -> int:
         """Global rows that the packed groups serve."""
         return self._num_rows
@@ -138,11 +133,6 @@ class Loader:
     def rows(self, lo: int, hi: int) -> dict[str, np.ndarray]:
         """Returns the batch of global rows [lo, hi): see `shards.batch`."""
         return shards.batch(self.records(lo, hi), self.seq_len)
-
-    def sources_of(self, lo: int, hi: int) -> np.ndarray:
-        """Returns the source of each global row in [lo, hi), int64[hi - lo], an index into `source_names`."""
-        of_streams = np.asarray([stream.source for stream in self._manifest.streams])
-        return of_streams[self._mixture.locate(lo, hi).stream]
 
     def locate(self, lo: int, hi: int) -> list[Record]:
         """Returns where the global rows [lo, hi) are stored."""

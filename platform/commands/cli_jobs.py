@@ -44,7 +44,6 @@ def submit(
 
     The controller starts it when its cluster has room.
     """
-    from openmoe.pipelines import storage
     from openmoe.platform import home as home_folder
     from openmoe.platform.jobs import cluster_access, controller_lock, job_events, job_request
 
@@ -59,13 +58,19 @@ def submit(
         print(json.dumps(_as_json(job), indent=2))
         return
     print(f"{job.id} is queued for cluster {job.cluster}")
-    if cluster_access.is_address(job.cluster) and not storage.is_remote(job.run_dir):
-        print(
-            f"run_dir: {job.run_dir} must be one folder for all hosts of that cluster, on a shared disk; or give gs://"
-        )
+    say_what_to_share(job.cluster, job.run_dir)
     if not controller_lock.is_running(home):
         print("no controller runs here, so nothing happens yet; start one: openmoe controller run   (or: openmoe up)")
     print(f"  openmoe jobs logs -f {job.id}\n  openmoe jobs story {job.id}\n  openmoe jobs cancel {job.id}")
+
+
+def say_what_to_share(cluster: str, run_dir: str) -> None:
+    """Says what must be true of a run directory that lies on another machine than its cluster may."""
+    from openmoe.pipelines import storage
+    from openmoe.platform.jobs import cluster_access
+
+    if cluster_access.is_address(cluster) and not storage.is_remote(run_dir):
+        print(f"run_dir: {run_dir} must be one folder for all hosts of that cluster, on a shared disk; or give gs://")
 
 
 @app.command("list")

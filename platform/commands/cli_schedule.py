@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from openmoe.platform.commands.cli_jobs import Json, store_of_home
+from openmoe.platform.commands.cli_jobs import Json, say_what_to_share, store_of_home
 
 if TYPE_CHECKING:
     from openmoe.platform.jobs.cron import Schedule, ScheduleEvent
@@ -79,6 +79,7 @@ def add(
     print(f"{added.name}: run {added.run_name} on cluster {added.cluster}, fires at")
     for fire_s in islice(cron_module.firings(added, now_s), _NUM_SHOWN):
         print(f"  {_local(fire_s, added.timezone)}   {_utc(fire_s)}")
+    say_what_to_share(added.cluster, added.run_dir)
     _warn_without_controller()
 
 

@@ -34,7 +34,7 @@ from openmoe.platform.run import journal, lineage
 from openmoe.platform.run.lineage import Acceptance, Claim, Incident
 from openmoe.platform.run_file import spec as spec_file
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.run_file.spec_errors import SpecError, problems_of
+from openmoe.platform.run_file.spec_errors import Problem, SpecError, problems_of
 
 FORMAT = 1
 
@@ -118,7 +118,9 @@ class RunDir:
         try:
             return RunSpec.model_validate_json(json.dumps(self.record()["spec"]))
         except ValidationError as error:
-            raise SpecError(problems_of(error, spec_file.json_schema()), self.at("run.json")) from error
+            problems = problems_of(error, spec_file.json_schema())
+            problems.append(Problem("", "another version of openmoe created the run, which alone can go on with it"))
+            raise SpecError(problems, self.at("run.json")) from error
 
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Returns a JSON object kept inside."""

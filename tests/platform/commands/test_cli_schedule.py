@@ -63,6 +63,14 @@ def test_a_schedule_is_added_with_its_run_resolved_and_its_next_three_firings_sh
     assert "provider: twin" in added.cluster_file
 
 
+def test_a_local_run_directory_of_a_cluster_elsewhere_is_warned_of_as_submit_does(home, tmp_path):
+    said = schedule("add", "quickstart", *NIGHTLY, "--cluster", "http://127.0.0.1:1").splitlines()
+    assert said[4] == (
+        f"run_dir: {tmp_path}/here/openmoe-runs/quickstart must be one folder for all hosts of that cluster, "
+        "on a shared disk; or give gs://"
+    )
+
+
 def test_the_environment_and_its_secrets_never_reach_the_database(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush-hush-hush")
     schedule("add", "quickstart", *NIGHTLY, "--cluster", "http://head:8265")

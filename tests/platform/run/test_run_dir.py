@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from openmoe.platform.run.journal import Journal, JournalError
 from openmoe.platform.run.lineage import Acceptance
 from openmoe.platform.run.run_dir import RunDir, RunDirError, list_runs
 from openmoe.platform.run_file import spec
+from openmoe.platform.run_file.spec_errors import SpecError
 
 
 def acceptance(number, incarnation, step):
@@ -155,6 +157,18 @@ def test_an_unwritable_run_directory_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"run\.json: cannot be written"):
         RunDir(str(tmp_path / "file" / "run")).create(spec.load("quickstart"))
+
+
+def test_a_run_of_a_newer_version_is_said_to_be_one(run):
+    run.create(spec.load("quickstart", [f"run_dir={run.path}"]))
+    record = run.record()
+    record["spec"]["train"]["lookahead"] = 3
+    (path := Path(run.at("run.json"))).write_text(json.dumps(record))
+    with pytest.raises(SpecError) as error:
+        run.spec()
+    unknown, whose = str(error.value).splitlines()
+    assert unknown.startswith(f"{path}: train.lookahead: ")
+    assert whose == f"{path}: another version of openmoe created the run, which alone can go on with it"
 
 
 @pytest.mark.parametrize(
