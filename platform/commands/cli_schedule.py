@@ -69,8 +69,7 @@ def add(
         window_s=None if window is None else cron_module.window_seconds(window),
     )
     cron_module.check(schedule)
-    now_s = time.time()
-    store = store_of_home()
+    now_s, store = time.time(), store_of_home()
     store.apply_all([cron_module.ScheduleAdded(schedule=schedule.name, time_s=now_s, definition=schedule)])
     added = store.schedule(schedule.name)
     if as_json:
