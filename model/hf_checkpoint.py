@@ -38,6 +38,7 @@ from openmoe.model.interop import (
     listed,
     whole_or_absent,
 )
+from openmoe.model.parameter_names import parameter_names
 
 SHARD_BYTES = 5 * 10**9
 CONFIG = "config.json"
@@ -49,7 +50,7 @@ _FORMATS = (  # the first that is there is read; the name of its index is one su
     ("pytorch_model.bin", hf_files.read_bin),
 )
 
-# PyTorch's name, T5X's name, whether one is the other's transpose.
+# PyTorch's name, T5X's name, whether one is the other's transpose. Which of them a model has: parameter_names.py.
 _ONCE = (
     ("model.embed_tokens.weight", "token_embedder/embedding", False),
     ("model.norm.weight", "decoder/decoder_norm/scale", False),
@@ -61,6 +62,8 @@ _EVERY_LAYER = (
     ("self_attn.k_proj.weight", "self_attention/key/kernel", True),
     ("self_attn.v_proj.weight", "self_attention/value/kernel", True),
     ("self_attn.o_proj.weight", "self_attention/out/kernel", True),
+    ("self_attn.q_norm.weight", "self_attention/query_norm/scale", False),
+    ("self_attn.k_norm.weight", "self_attention/key_norm/scale", False),
     ("post_attention_layernorm.weight", "pre_mlp_layer_norm/scale", False),
 )
 _DENSE_LAYER = (
@@ -70,6 +73,7 @@ _DENSE_LAYER = (
 )
 _MOE_LAYER = (
     ("mlp.gate_weight", "mlp/router/router_weights/w/kernel", True),
+    ("mlp.gate_bias", "mlp/router/bias", False),
     ("mlp.experts.wi_gate", "mlp/expert/wi_0/kernel", False),
     ("mlp.experts.wi_up", "mlp/expert/wi_1/kernel", False),
     ("mlp.experts.wo", "mlp/expert/wo/kernel", False),
@@ -123,7 +127,8 @@ def torch_names(config: ModelConfig) -> dict[str, TorchName]:
         rest = _MOE_LAYER if config.is_moe_layer(layer) else _DENSE_LAYER
         for theirs, ours, transposed in _EVERY_LAYER + rest:
             names[f"decoder/layers_{layer}/{ours}"] = TorchName(f"model.layers.{layer}.{theirs}", transposed)
-    return names
+    there = set(parameter_names(config))
+    return {ours: name for ours, name in names.items() if ours in there}
 
 
 def read_config(path: str) -> ModelConfig:
@@ -207,7 +212,7 @@ def write(
 
     Args:
       path: the folder that is to appear, local or gs://.
-      config: of the model, which must be one of the original code.
+      config: of the model.
       parameters: all of them, by T5X's names.
       dtype: of the parameters.
       shard_bytes: most bytes of numbers in a file, unless a tensor has more.
@@ -218,7 +223,7 @@ def write(
       The path.
 
     Raises:
-      CheckpointError: there is something at the path already, it cannot be written, or the format cannot express it.
+      CheckpointError: there is something at the path already, or it cannot be written.
     """
     path, content, names = path.rstrip("/"), config_json(config, dtype), torch_names(config)
     if files(path).exists(f"{path}/{CONFIG}" if path.startswith(GS) else path):

@@ -2,7 +2,8 @@
 
 Keys are those of the released OpenMoE checkpoints. What those cannot say has keys of its own (`_OWN`); where a file
 lacks them, as the released ones do, they are those of the preset with the same sizes, or ModelConfig's defaults. From
-such a file the weight of the z-loss is not taken either: the released ones say 0.01, the models had 0.0001.
+such a file the weight of the z-loss is not taken either: the released ones say 0.01, the models had 0.0001. A setting
+that departs from the original (`DEPARTURES`) is written where it does, and is the original's where a file lacks it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ _OWN = {
     "z_loss_weight": "z_loss_factor",
     "dtype": "activation_dtype",
 }
+DEPARTURES = {
+    "d_ff_expert": "moe_intermediate_size",
+    "ffn": "ffn",
+    "extra_mlp": "extra_mlp",
+    "qk_norm": "qk_norm",
+    "reset_positions": "reset_positions",
+    "router": "router_scores",
+    "route_padding": "router_takes_padding",
+    "renormalize_gates": "router_renormalize_gates",
+    "capacity_counts_top_k": "router_capacity_counts_topk",
+    "dropless": "router_dropless",
+    "router_bias_rate": "router_bias_rate",
+}
 # The first release of the checkpoints had other names for some keys.
 _OLDER = {
     "router_topk": "topk",
@@ -76,15 +90,11 @@ def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Returns the content of a `config.json`.
 
     Args:
-      config: of the model, which must be one of the original code.
+      config: of the model.
       dtype: of the parameters in the files.
-
-    Raises:
-      CheckpointError: the settings depart from the original's, which the format has no words for.
     """
-    if departures := config.departures():
-        raise CheckpointError(f"config.json: cannot express {', '.join(departures)}; convert to t5x or orbax")
-    settings = {theirs: getattr(config, ours) for ours, theirs in (_SIZES | _SETTINGS | _OWN).items()}
+    departures = {ours: DEPARTURES[ours] for ours in config.departures()}
+    settings = {theirs: getattr(config, ours) for ours, theirs in (_SIZES | _SETTINGS | _OWN | departures).items()}
     return _FIXED | {"num_key_value_heads": config.num_heads, "torch_dtype": dtype} | settings
 
 
@@ -108,7 +118,7 @@ def model_config(path: str, content: dict[str, Any]) -> ModelConfig:
     sizes = {ours: content[theirs] for ours, theirs in _SIZES.items()}
     own = set(_OWN.values()) <= content.keys()
     settings = {}
-    for ours, theirs in (_SETTINGS | (_OWN if own else {})).items():
+    for ours, theirs in (_SETTINGS | DEPARTURES | (_OWN if own else {})).items():
         key = theirs if theirs in content else _OLDER.get(theirs, theirs)
         if key in content:
             settings[ours] = content[key]

@@ -29,6 +29,18 @@ DEFAULTS = {  # openmoe-base
     "normalize_loss": True,  # the mean over labels, not their sum
     "init_scale": 0.1,
     "activation_dtype": "bfloat16",  # of all but router, head, losses and the stream after the first experts
+    # Departures from the models released so far; their config.json has none of these.
+    "moe_intermediate_size": 0,  # of an expert; 0: intermediate_size
+    "ffn": "openmoe",  # its gated block with three factors; swiglu: with two
+    "extra_mlp": "after",  # the dense block of an MoE layer: after the experts with its own norm; parallel; none
+    "qk_norm": False,  # RMSNorm of each head's queries and keys
+    "reset_positions": False,  # counted from the start of each packed segment
+    "router_scores": "softmax",  # over all experts; sigmoid: of each
+    "router_takes_padding": True,  # which asks for experts 0 and 1
+    "router_renormalize_gates": False,  # the weights of a token's choices sum to 1
+    "router_capacity_counts_topk": False,
+    "router_dropless": False,  # a place for everyone who asks
+    "router_bias_rate": 0.0,  # above 0: a bias on the scores decides with them who is chosen
 }
 SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": False}
 
@@ -45,6 +57,11 @@ class OpenMoeConfig(PretrainedConfig):
         settings.pop("num_key_value_heads", None)
         self.num_key_value_heads = self.num_attention_heads
         super().__init__(**(SPECIAL | settings))
+
+    @property
+    def expert_width(self):
+        """Inner width of an expert."""
+        return self.moe_intermediate_size or self.intermediate_size
 
     def is_moe_layer(self, layer):
         """Whether layer `layer`, counted from 0, is an MoE layer."""

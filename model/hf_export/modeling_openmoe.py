@@ -9,7 +9,7 @@ numbers are those of packed segments, which do not see each other. Without it a 
 Routing: `generate` lets every token find a free place in its experts, so that no token depends on its neighbours. A
 pass without a cache routes groups of `group_size` tokens, row after row, as training does: with
 `router_capacity_factor_train` in train mode, otherwise `router_capacity_factor_eval` if `router_drop_tks`. Where the
-tokens are no multiple of a group, nothing is dropped.
+tokens are no multiple of a group, or with `router_dropless`, nothing is dropped.
 
 Axes: b rows, t positions, s positions of the cache, d hidden.
 """
@@ -34,6 +34,7 @@ from .layers_openmoe import (
     OpenMoeSparseMLP,
     Rows,
     load_balancing_loss,
+    router_z_loss,
 )
 
 
@@ -48,7 +49,7 @@ class OpenMoeOutput(ModelOutput):
 
 
 class OpenMoeLayer(nn.Module):
-    """Attention, experts or a dense block, and after experts one more dense block with its own norm."""
+    """Attention, experts or a dense block, and after or beside experts one more dense block."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -57,8 +58,10 @@ class OpenMoeLayer(nn.Module):
         self.self_attn = OpenMoeAttention(config, layer)
         self.post_attention_layernorm = OpenMoeRMSNorm(config)
         self.mlp = OpenMoeSparseMLP(config) if self.sparse else OpenMoeMLP(config)
-        if self.sparse:
+        self.extra = config.extra_mlp if self.sparse else "none"
+        if self.extra == "after":
             self.pre_extra_mlp_layernorm = OpenMoeRMSNorm(config)
+        if self.extra != "none":
             self.extra_mlp = OpenMoeMLP(config)
 
     def forward(self, x, rows, cache, generating):
@@ -66,9 +69,11 @@ class OpenMoeLayer(nn.Module):
         h = rows.real * self.post_attention_layernorm(x)
         if not self.sparse:
             return x + self.mlp(h), None
-        answers, routed = self.mlp(h, generating)
+        answers, routed = self.mlp(h, rows.real, generating)
         x = x + answers
-        return x + self.extra_mlp(rows.real * self.pre_extra_mlp_layernorm(x)), routed
+        if self.extra == "after":
+            h = rows.real * self.pre_extra_mlp_layernorm(x)
+        return x if self.extra == "none" else x + self.extra_mlp(h), routed
 
 
 class OpenMoePreTrainedModel(PreTrainedModel):
@@ -89,6 +94,8 @@ class OpenMoePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=1.0)
         elif isinstance(module, OpenMoeSparseMLP):
             nn.init.normal_(module.gate_weight, std=0.02)
+            if module.gate_bias is not None:
+                nn.init.zeros_(module.gate_bias)
         elif isinstance(module, OpenMoeExperts):
             for kernels in (module.wi_gate, module.wi_up, module.wo):
                 nn.init.normal_(kernels, std=math.sqrt(self.config.init_scale / kernels.shape[1]))
@@ -129,11 +136,14 @@ class OpenMoeModel(OpenMoePreTrainedModel):
             segment = torch.ones_like(input_ids[:, :1]).expand(-1, seen + length)
         else:
             segment = real_positions(input_ids).long()
+        at = torch.arange(seen + length, device=segment.device)
         index = (segment > 0).cumsum(-1) - 1  # counted from each row's first real position
+        if self.config.reset_positions:
+            starts = segment != F.pad(segment[:, :-1], (1, 0), value=-1)
+            index = at - torch.where(starts, at, 0).cummax(-1).values
         half = self.config.head_dim // 2
         timescale = self.config.rope_theta ** (torch.arange(half, device=index.device, dtype=torch.float32) / half)
         angle = index[:, seen:, None, None].clamp(min=0).float() / timescale
-        at = torch.arange(seen + length, device=index.device)
         mine = segment[:, seen:, None]
         sees = (at[seen:, None] >= at) & (mine == segment[:, None]) & (segment > 0)[:, None]
         return Rows(
@@ -204,7 +214,7 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):
             loss = loss / weights.sum()
         for routed in routing:
             aux = config.router_aux_loss_factor * load_balancing_loss(routed)
-            z_loss = config.router_z_loss_factor * routed.logits.logsumexp(-1).square().mean()
+            z_loss = config.router_z_loss_factor * router_z_loss(routed)
             loss = loss + (aux + z_loss) / len(routing)
         return loss
 

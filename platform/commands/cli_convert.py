@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from openmoe.model.config import ModelConfig
     from openmoe.model.interop import Readable, Report
     from openmoe.model.step import TrainState
+    from openmoe.pipelines.tokenizer import Tokenizer
     from openmoe.platform.commands.progress import ProgressReport
+    from openmoe.platform.run.run_dir import RunDir
 
 Format = Literal["t5x", "hf", "orbax"]
 Dtype = Literal["float32", "bfloat16"]
 
 Source = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="t5x: .../checkpoint_<step>; orbax: .../<step>; hf: a folder. Local or gs://."),
+    typer.Argument(
+        metavar="SRC",
+        help="t5x: .../checkpoint_<step>; orbax: .../<step>, or a run directory; hf: a folder. Local or gs://.",
+    ),
 ]
 Destination = Annotated[
     str, typer.Argument(metavar="DST", help="Folder in which the same is to appear; hf: the folder that is to appear.")
@@ -28,7 +33,11 @@ From = Annotated[Format, typer.Option("--from", help="Format of SRC.")]
 To = Annotated[Format, typer.Option("--to", help="Format of DST.")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="PRESET", help="The model, such as openmoe-8b; hf: instead of its config.json."),
+    typer.Option(
+        "--model",
+        metavar="PRESET",
+        help="The model, such as openmoe-8b; instead of what hf and checkpoints of runs say.",
+    ),
 ]
 OfParameters = Annotated[Dtype, typer.Option(help="Type of the parameters; orbax has float32 only.")]
 TokenizerModel = Annotated[
@@ -36,7 +45,7 @@ TokenizerModel = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="MODEL",
-        help="SentencePiece model that goes along to hf: a file, gs://, builtin:<name>; from hf: instead of SRC's own.",
+        help="SentencePiece model that goes along to hf: a file, gs://, builtin:<name>; instead of SRC's own.",
     ),
 ]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Compare a forward pass of both, layer by layer.")]
@@ -58,7 +67,7 @@ def convert(
 
     Between t5x and orbax with the optimizer's state and the step; hf has parameters only.
     """
-    from openmoe.model import acceptance, hf_checkpoint, hf_config, t5x_checkpoint
+    from openmoe.model import acceptance, hf_checkpoint, t5x_checkpoint
     from openmoe.platform.commands import progress
     from openmoe.platform.run_file.spec_errors import Problem, SpecError
 
@@ -66,10 +75,14 @@ def convert(
         raise SpecError([Problem("", "orbax checkpoints have float32 only; leave it out")], f"--dtype {dtype}")
     if tokenizer is not None and destination_format != "hf":
         raise SpecError([Problem("", "a tokenizer goes along to hf only; leave it out")], f"--tokenizer {tokenizer}")
-    config = _config(source, source_format, model)
-    beside = _tokenizer_files(tokenizer, config) if tokenizer is not None else _tokenizer_of(source, source_format)
-    if destination_format == "hf":
-        hf_config.config_json(config, dtype)  # an error now, not after everything has been read
+    run = _run_of(source) if source_format == "orbax" else None
+    if run is not None and run.path == source:
+        source = _newest_of(run)
+    config = run.spec().model if run is not None and model is None else _config(source, source_format, model)
+    if tokenizer is None and run is not None and destination_format == "hf":
+        beside = _tokenizer_of_run(run, config)
+    else:
+        beside = _tokenizer_files(tokenizer, config) if tokenizer is not None else _tokenizer_of(source, source_format)
     with progress.ProgressReport() as show:
         if destination_format == "hf":
             if source_format != "hf":
@@ -96,6 +109,24 @@ def convert(
     print(json.dumps({"path": path}) if as_json else path)
 
 
+def _run_of(path: str) -> RunDir | None:
+    """The run that a checkpoint of Orbax is of: `path` is its directory, or <run>/checkpoints/<incarnation>/<step>."""
+    from openmoe.platform.run.run_dir import RunDir
+
+    parts = path.rstrip("/").split("/")
+    paths = [path, "/".join(parts[:-3]) or "."] if parts[-3:-2] == ["checkpoints"] else [path]
+    return next((run for run in map(RunDir, paths) if run.exists()), None)
+
+
+def _newest_of(run: RunDir) -> str:
+    from openmoe.platform.run.run_dir import RunDirError
+
+    accepted = run.newest_accepted()
+    if accepted is None:
+        raise RunDirError(f"{run.path}: the run has no accepted checkpoint yet; train it until its first one")
+    return run.at(accepted.checkpoint)
+
+
 def _config(source: str, kind: Format, model: str | None) -> ModelConfig:
     from openmoe.model import hf_checkpoint
     from openmoe.model.config import PRESETS
@@ -112,12 +143,31 @@ def _config(source: str, kind: Format, model: str | None) -> ModelConfig:
 
 def _tokenizer_files(uri: str, config: ModelConfig) -> dict[str, bytes]:
     """What an export needs of a tokenizer, with as many sentinels as run files have unless they say otherwise."""
-    from openmoe.model import hf_tokenizer
     from openmoe.pipelines import tokenizer
     from openmoe.pipelines.config import DataConfig
 
-    model, sentinels = tokenizer.load(uri), DataConfig.num_sentinels
-    given = hf_tokenizer.SentencePieceModel(model.proto, model.pieces, model.eos_id, sentinels)
+    return _exported(tokenizer.load(uri), DataConfig.num_sentinels, config)
+
+
+def _tokenizer_of_run(run: RunDir, config: ModelConfig) -> dict[str, bytes]:
+    """What an export needs of the tokenizer that a run was trained with."""
+    from openmoe.pipelines import tokenizer
+    from openmoe.platform.run.run_dir import RunDirError
+    from openmoe.platform.train.init_source import TOKENIZER
+
+    data = run.spec().data
+    found = tokenizer.load(data.tokenizer)
+    if run.record().get(TOKENIZER, found.sha256) != found.sha256:
+        raise RunDirError(
+            f"{run.path}: was trained with another tokenizer than {data.tokenizer} is now; give it by --tokenizer"
+        )
+    return _exported(found, data.num_sentinels, config)
+
+
+def _exported(model: Tokenizer, num_sentinels: int, config: ModelConfig) -> dict[str, bytes]:
+    from openmoe.model import hf_tokenizer
+
+    given = hf_tokenizer.SentencePieceModel(model.proto, model.pieces, model.eos_id, num_sentinels)
     return hf_tokenizer.files(given, config)
 
 

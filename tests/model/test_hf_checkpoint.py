@@ -20,9 +20,10 @@ import pytest
 
 from openmoe.model import hf_checkpoint as hf
 from openmoe.model import hf_config, hf_files, interop, step, t5x_checkpoint
-from openmoe.model.config import PRESETS
+from openmoe.model.config import DEPARTURES, PRESETS
 from openmoe.model.interop import InMemory
 from openmoe.model.optimizer_config import AdafactorConfig
+from openmoe.model.parameter_names import parameter_names
 
 NORM = "model.norm.weight"
 EXPERTS = "model.layers.1.mlp.experts.wi_gate"
@@ -152,10 +153,24 @@ def test_the_settings_of_nano_in_the_words_of_the_released_models():
     }
 
 
-FAITHFUL = [name for name, config in PRESETS.items() if not config.departures()]
+def test_departures_are_written_where_there_are_some():
+    content = hf_config.config_json(PRESETS["openmoe-next-nano"], "float32")
+    assert {key: value for key, value in content.items() if key in hf_config.DEPARTURES.values()} == {
+        "moe_intermediate_size": 64,
+        "ffn": "swiglu",
+        "extra_mlp": "parallel",
+        "qk_norm": True,
+        "reset_positions": True,
+        "router_scores": "sigmoid",
+        "router_takes_padding": False,
+        "router_renormalize_gates": True,
+        "router_dropless": True,
+        "router_bias_rate": 0.001,
+    }
+    assert hf_config.DEPARTURES.keys() == set(DEPARTURES)
 
 
-@pytest.mark.parametrize("name", FAITHFUL)
+@pytest.mark.parametrize("name", PRESETS)
 def test_settings_come_back(name):
     config = replace(PRESETS[name], group_size=192, init_scale=0.3, z_loss_weight=0.0, text_vocab_size=300)
     assert hf_config.model_config("config.json", hf_config.config_json(config, "float32")) == config
@@ -245,12 +260,10 @@ def test_settings_without_sizes_are_one_line():
         )
 
 
-def test_an_improved_model_cannot_be_expressed(parameters, moe_config, tmp_path):
-    config = replace(moe_config, ffn="swiglu", dropless=True)
-    message = "config.json: cannot express ffn, dropless; convert to t5x or orbax"
-    with pytest.raises(interop.CheckpointError, match=f"^{message}$"):
-        hf.write(str(tmp_path / "new"), config, parameters)
-    assert list(tmp_path.iterdir()) == []
+def test_a_departure_that_is_none_is_one_line():
+    content = hf_config.config_json(PRESETS["openmoe-next-nano"], "float32") | {"ffn": "geglu"}
+    with pytest.raises(interop.CheckpointError, match="describes no model: ffn: must be openmoe or swiglu, got"):
+        hf_config.model_config("c", content)
 
 
 def edit_header(path, change):
@@ -600,7 +613,8 @@ def test_streaming_takes_at_most_twice_the_largest_array(needs, tmp_path):
     assert 0.4 * largest < peaks[3] < 0.7 * largest
 
 
-@pytest.mark.parametrize("name", FAITHFUL)
-def test_no_name_of_pytorch_is_used_twice(name):
-    names = [torch.name for torch in hf.torch_names(PRESETS[name]).values()]
-    assert len(names) == len(set(names))
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_name_of_pytorch_is_used_twice_and_none_is_missing(name):
+    names = hf.torch_names(PRESETS[name])
+    assert sorted(names) == sorted(parameter_names(PRESETS[name]))
+    assert len({torch.name for torch in names.values()}) == len(names)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,13 @@ import pytest
 from openmoe.model import checkpoint, sharding, step
 from openmoe.model import t5x_checkpoint as t5x
 from openmoe.model.config import PRESETS
+from openmoe.model.interop import InMemory
 from openmoe.model.optimizer import OptimizerState
 from openmoe.model.optimizer_config import AdafactorConfig
 from openmoe.platform.commands import cli
+from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.run_dir import RunDir
+from openmoe.platform.run_file import spec
 
 NANO = PRESETS["openmoe-nano"]
 
@@ -201,9 +206,57 @@ def test_to_hugging_face_and_back_keeps_every_parameter(convert, folder, state, 
     assert 1.99 < sizes[0] / sizes[1] < 2
 
 
-def test_an_improved_model_has_no_form_in_hugging_face(convert):
-    line = "t5x/checkpoint_5 new --from t5x --to hf --model openmoe-next-nano"
-    code, out, err = convert(line)
-    assert (code, out) == (2, "")
-    assert err.startswith("config.json: cannot express ")
-    assert err.endswith("; convert to t5x or orbax\n")
+@pytest.fixture(scope="module")
+def improved(folder, mesh):
+    """Parameters of a run with one accepted checkpoint, whose model departs from the original and is no preset."""
+    sizes = ("num_layers=2", "d_model=16", "d_ff=16", "d_ff_expert=8", "head_dim=8", "num_experts=8", "top_k=3")
+    settings = [f"model.{size}" for size in sizes]
+    loaded = spec.load("quickstart", ["model.preset=openmoe-next-nano", *settings, f"run_dir={folder}/run"])
+    template, rng, run = (
+        step.state_shapes(loaded.model, loaded.optimizer, mesh),
+        np.random.default_rng(0),
+        RunDir("run"),
+    )
+    state = jax.tree.map(lambda like: InMemory(rng.normal(size=like.shape).astype(like.dtype)), template)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        checkpoint.write("run/checkpoints/000001", 3, state, template, {"next_row": 24}, lambda *progress: None)
+        run.create(loaded)
+        run.claim()
+        where = {"checkpoint": "checkpoints/000001/3", "digest": "", "ledger_head": "", "data_id": ""}
+        run.accept(Acceptance(number=1, incarnation=1, step=3, next_row=24, **where))
+    return template.params, state.params
+
+
+def test_an_improved_run_goes_to_hugging_face_and_back_with_the_same_bits(convert, improved):
+    template, params = improved
+    out, err = openmoe_here(convert, "run run-hf --from orbax --to hf --no-check")
+    assert out == "run-hf\n"
+    assert "the step and the optimizer's state of run/checkpoints/000001/3 stay behind\n" in err
+    assert "tokenizer: tokenizer.model, tokenizer_config.json\n" in err
+    assert "write: 35 of 35 arrays" in err
+    out, _ = openmoe_here(convert, "run-hf run-again --from hf --to orbax --no-check")
+    for found, like in zip(
+        jax.tree.leaves(checkpoint.stored_parameters(out.strip(), template), is_leaf=is_array),
+        jax.tree.leaves(params, is_leaf=is_array),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found.read(), like.array)
+
+
+def is_array(node):
+    return hasattr(node, "read")
+
+
+def test_a_checkpoint_of_a_run_says_what_model_it_is_of_and_an_option_says_otherwise(convert, improved):
+    line = "run/checkpoints/000001/3 other --from orbax --to hf --no-check"
+    assert "write: 35 of 35 arrays" in openmoe_here(convert, line)[1]
+    code, _, err = convert(f"{line} --model openmoe-nano".replace(" other ", " another "))
+    assert code == 2
+    assert err.splitlines()[-1].endswith("there is no such array in this model; choose the model it was written with")
+
+
+def test_a_run_without_a_checkpoint_is_one_line(convert, folder, improved):
+    shutil.copytree(folder / "run", folder / "young", ignore=shutil.ignore_patterns("accepted"))
+    message = "young: the run has no accepted checkpoint yet; train it until its first one\n"
+    assert convert("young new --from orbax --to hf") == (2, "", message)
