@@ -85,9 +85,9 @@ def wait_until(condition, timeout_s=60):
 
 def test_epochs_become_whole_steps_and_the_rest_is_left_out(first):
     _, manifest, resolved = first(2.5)
-    rows = Passes(manifest).rows(0)
-    assert rows == [106]
-    assert (resolved.train.steps, resolved.train.epochs) == (33, None)
+    [rows] = Passes(manifest).rows(0)  # of this Python's library: 106 with 3.11
+    assert 90 < rows < 120
+    assert (resolved.train.steps, resolved.train.epochs) == (5 * rows // 16, None)  # 2.5 epochs of 8 rows a step
 
 
 def test_the_coming_pass_is_built_while_the_run_is_in_the_one_before(first, monkeypatch):
