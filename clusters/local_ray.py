@@ -5,11 +5,13 @@ Values only; the callers (driver, tests) do the starting. Ray is not imported he
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import shutil
 import socket
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,27 @@ def environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_preload_python_modules": "openmoe.clusters.rare_garbage",
+        # Otherwise as many as there are CPUs: workers waited until helpers of Ray Train had imported theirs.
+        "RAY_worker_maximum_startup_concurrency": "16",
     }
+
+
+@contextlib.contextmanager
+def without_api_server() -> Generator[None]:
+    """Lets a Ray that is started inside the block, without a dashboard, know that it has no API server.
+
+    Ray Train's PlacementGroupCleaner else looks for one for 40 s, and a group that dies meanwhile waits 12 s for that.
+    An address of no known kind fails at once, and ends the search. It does not stay: nobody else is to read it.
+    """
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = "none://none"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({name: before} if before is not None else {})
 
 
 def init_arguments(*, num_cpus: int, object_store_bytes: int, dashboard_port: int | None = None) -> dict[str, Any]:

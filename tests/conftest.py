@@ -133,7 +133,8 @@ def ray_local():
     """A real Ray of two CPUs on this machine, started once."""
     import ray
 
-    ray.init(**local_ray.init_arguments(num_cpus=2, object_store_bytes=150_000_000))
+    with local_ray.without_api_server():
+        ray.init(**local_ray.init_arguments(num_cpus=2, object_store_bytes=150_000_000))
     yield ray
     ray.shutdown()
 

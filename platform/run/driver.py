@@ -129,6 +129,7 @@ class Attempt:
         self._step_time_s = 0.0  # when that step ended
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
+        self._next_board: Any = None
         self.exit_code = 0
 
     def position_steps(self) -> int:
@@ -185,7 +186,7 @@ class Attempt:
         from openmoe.platform.run import frozen, hosts, worker_group
         from openmoe.platform.train import worker
 
-        board = boards.start()
+        board, self._next_board = self._next_board or boards.start(), None
         watch = hosts.Watch(self._spec.cluster.num_workers, self._instances)
         seen = cadence.seen_in(self._run.events())
         if self._spec.train.checkpoint_every_steps == "auto":
@@ -214,7 +215,10 @@ class Attempt:
             lives.go_on(boards.ask(board.pulses.remote(), {}))
             if paces.are_due():
                 paces.look(boards.ask(board.paces.remote(), {}), hosts.names(placements))
-            self._show_newest(boards.ask(board.take.remote(), None))
+            newest = boards.ask(board.take.remote(), None)
+            self._show_newest(newest)
+            if newest is not None and self._next_board is None:
+                self._next_board = boards.start()  # now, not in a restart, which waits for every process that it starts
             if placements.keys() != watch.ranks:
                 placements = boards.ask(board.placements.remote(), placements)
                 if placements.keys() == watch.ranks:

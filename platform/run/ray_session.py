@@ -53,7 +53,9 @@ def started(cluster: ClusterConfig) -> Generator[str]:
             object_store_bytes=cluster.object_store_bytes,
             dashboard_port=cluster.dashboard_port,
         )
-        ray.init(**arguments)
+        has_api_server = cluster.dashboard_port is not None
+        with contextlib.nullcontext() if has_api_server else local_ray.without_api_server():
+            ray.init(**arguments)
         where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
     try:
         # Ray prints there what its logs have, such as the state of a raylet that died.

@@ -1,5 +1,6 @@
 """What a Ray on this machine needs is checked before it is started, and said in one line."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -45,3 +46,30 @@ def test_the_dashboard_listens_on_this_machine_only():
     arguments = local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000, dashboard_port=port)
     assert (arguments["dashboard_host"], arguments["dashboard_port"]) == ("127.0.0.1", port)
     assert not local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000)["include_dashboard"]
+
+
+def test_processes_of_a_ray_on_this_machine_look_for_garbage_seldom(ray_local):
+    def threshold():
+        import gc
+
+        return gc.get_threshold()[0]
+
+    assert ray_local.get(ray_local.remote(threshold).remote()) == 100_000
+
+
+def test_a_ray_without_dashboard_answers_at_once_that_it_has_no_api_server(ray_local):
+    """As Ray Train's PlacementGroupCleaner asks: any other error it takes for a server that is late."""
+
+    def ask():
+        from ray.util.state import get_actor
+        from ray.util.state.exception import RayStateApiException
+
+        try:
+            get_actor("0" * 32, timeout=10)
+        except RayStateApiException:
+            return "late"
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+
+    assert ray_local.get(ray_local.remote(ask).remote()) == "Module: none does not exist."
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ
