@@ -36,7 +36,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PRESET",
-        help="The model, such as openmoe-8b; instead of what hf and checkpoints of runs say.",
+        help="The model: openmoe-8b, or that of a run directory; else what hf or SRC's run says.",
     ),
 ]
 OfParameters = Annotated[Dtype, typer.Option(help="Type of the parameters; orbax has float32 only.")]
@@ -130,12 +130,15 @@ def _newest_of(run: RunDir) -> str:
 def _config(source: str, kind: Format, model: str | None) -> ModelConfig:
     from openmoe.model import hf_checkpoint
     from openmoe.model.config import PRESETS
+    from openmoe.platform.run.run_dir import RunDir
     from openmoe.platform.run_file.spec_errors import Problem, SpecError, did_you_mean
 
     if model is None and kind == "hf":
         return hf_checkpoint.read_config(source)
     if model is None:
         raise SpecError([Problem("", f"needed with --from {kind}; such as --model openmoe-8b")], "--model")
+    if model not in PRESETS and (run := RunDir(model)).exists():
+        return run.spec().model
     if model not in PRESETS:
         raise SpecError([Problem("", f"no preset of this name; {did_you_mean(model, PRESETS)}")], f"--model {model}")
     return PRESETS[model]

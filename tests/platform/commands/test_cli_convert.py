@@ -256,6 +256,13 @@ def test_a_checkpoint_of_a_run_says_what_model_it_is_of_and_an_option_says_other
     assert err.splitlines()[-1].endswith("there is no such array in this model; choose the model it was written with")
 
 
+def test_a_checkpoint_outside_its_run_can_be_given_the_run_s_model(convert, folder, improved):
+    shutil.copytree(folder / "run/checkpoints/000001/3", folder / "loose/3")
+    line = "loose/3 third --from orbax --to hf --no-check"
+    assert convert(line) == (2, "", "--model: needed with --from orbax; such as --model openmoe-8b\n")
+    assert "write: 35 of 35 arrays" in openmoe_here(convert, f"{line} --model run")[1]
+
+
 def test_a_run_without_a_checkpoint_is_one_line(convert, folder, improved):
     shutil.copytree(folder / "run", folder / "young", ignore=shutil.ignore_patterns("accepted"))
     message = "young: the run has no accepted checkpoint yet; train it until its first one\n"
