@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from openmoe.pipelines import chat
 
+# What json.loads calls in the end; what it does before and after is a quarter of parsing lines of 600 bytes.
+_decode = json.JSONDecoder().raw_decode
+
 
 class Document(NamedTuple):
     """A document's text."""
@@ -41,12 +44,20 @@ class BadLine(NamedTuple):
 
 def _parse_json(path: str, offset: int, raw: bytes) -> Any:
     """Returns the value of a line, or the BadLine that it is."""
-    if not raw or raw.isspace():
-        return BadLine(path, offset, "empty", raw)
     try:
-        return json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError:
         return BadLine(path, offset, "not_utf8", raw)
+    try:
+        value, end = _decode(text)
+        if end == len(text):
+            return value
+    except (ValueError, RecursionError):
+        pass  # as over space in front of the value, which json.loads looks for in each line
+    if not text or raw.isspace():
+        return BadLine(path, offset, "empty", raw)
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError):
         return BadLine(path, offset, "bad_json", raw)
 

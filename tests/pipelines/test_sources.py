@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from openmoe.pipelines import sources, storage
+from openmoe.pipelines import documents, sources, storage
 from openmoe.pipelines.config import DataError, SourceConfig
 from openmoe.pipelines.sources import BadLine, Document
 
@@ -53,6 +53,67 @@ def test_good_lines_survive_among_bad_ones_and_each_bad_one_has_its_reason(tmp_p
     for record in records:
         line = DIRT[record.offset :].split(b"\n", 1)[0]
         assert isinstance(record, Document) or record.raw == line
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.just("text") | st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@st.composite
+def nearly_json(draw):
+    """JSON, some bytes of which are others, more or gone, between blanks; or any bytes."""
+    record = draw(JSON | st.fixed_dictionaries({"text": st.text(), "meta": JSON}))
+    line = bytearray(json.dumps(record, ensure_ascii=draw(st.booleans())).encode(errors="surrogatepass"))
+    for at, taken, put in draw(
+        st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2), st.binary(max_size=2)), max_size=2)
+    ):
+        line[at : at + taken] = put
+    blank = st.sampled_from([b"", b" ", b"\t", b"\r", b"\x0b", b"\xef\xbb\xbf", b"\xc2\xa0"])
+    return draw(st.sampled_from([draw(blank) + bytes(line) + draw(blank), draw(st.binary(max_size=20))]))
+
+
+@given(line=nearly_json())
+@example(line=b"")
+@example(line=b" \r\t")
+@example(line=b"\x1c")
+@example(line=b"\xc2\xa0")
+@example(line=b' {"text": "a"}')
+@example(line=b'{"text": "a"} ')
+@example(line=b'{"text": "a"}{"text": "b"}')
+@example(line=b'{"text": "a", "text": "b"}')
+@example(line=b'{"text": "a", "text": null}')
+@example(line=b'{"text": "\\ud83d\\ude00 \\ud800"}')
+@example(line=b'{"text": "\xed\xa0\x80"}')
+@example(line=b'{"text": "a", "meta": "\xff"}')
+@example(line=b'{"text": "a", "meta": "\\x"}')
+@example(line=b'{"text": "a\tb"}')
+@example(line=b'{"text": "a", "meta": [NaN, -Infinity, 1e999, -0, 1E5, 0.1]}')
+@example(line=b'{"text": "a", "meta": 01}')
+@example(line=b'{"text": "a", "meta": ' + b"1" * 5000 + b"}")
+@example(line=b'{"text": "a", "meta": ' + b"[" * 5000 + b"]" * 5000 + b"}")
+@example(line=b'\xef\xbb\xbf{"text": "a"}')
+@settings(deadline=None, max_examples=200)
+def test_a_line_is_what_json_loads_says_whatever_its_bytes(line):
+    record = documents.parse_line("file", 7, line)
+    try:
+        said = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        assert record == BadLine("file", 7, "not_utf8", line)
+    except (ValueError, RecursionError):
+        assert record == BadLine("file", 7, "bad_json" if line.strip() else "empty", line)
+    else:
+        text = said.get("text") if isinstance(said, dict) else None
+        if isinstance(text, str) and text.strip():
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            assert record == Document("file", 7, whole.encode(), repaired=whole != text)
+        else:
+            reason = "no_text" if text is None else "empty" if isinstance(text, str) else "not_string"
+            assert record == BadLine("file", 7, reason, line)
 
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
