@@ -37,6 +37,7 @@ from openmoe.platform.run_file.spec import RunSpec
 OFF = "none"
 KEEP_EVERY_S = 5.0
 WRITTEN_AFTER_S = 2.0  # a file that has not changed for so long is whole
+ASKED_AFTER_S = 0.2  # so is one that was there when it was asked for, so much later, with threads that may compile
 FOLDER_PREFIX = "openmoe-programs-"
 REQUESTED, LOADED = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
 
@@ -103,6 +104,7 @@ class Programs:
     def __init__(self, recorder: Records) -> None:
         self._recorder = recorder
         self._requested = self._loaded = self._fetched = self._refused = 0
+        self._asked_for, self._asked_s = 0, 0.0
         self._not_kept, self._error = 0, ""
         self._known: set[str] = set()
         self._wake = threading.Event()
@@ -122,9 +124,11 @@ class Programs:
             refused=self._refused,
         )
 
-    def keep_now(self) -> None:
-        """Lets what was compiled so far be kept at once, while no thread compiles."""
-        self._wake.set()
+    def keep_new(self) -> None:
+        """Lets what was compiled since the last call be kept at once: the process may be killed at any step."""
+        if self._requested > self._asked_for:
+            self._asked_for, self._asked_s = self._requested, time.time()
+            self._wake.set()
 
     def fetch(self, folder: str, local: Path) -> None:
         """Copies the programs of `folder` to where JAX looks for them; one of another digest is left out."""
@@ -150,7 +154,9 @@ class Programs:
             while not stop.is_set():
                 asked = self._wake.wait(KEEP_EVERY_S)
                 self._wake.clear()
-                self._keep(folder, local, before_s=time.time() + (1 if asked else -WRITTEN_AFTER_S))
+                if asked:
+                    stop.wait(ASKED_AFTER_S)
+                self._keep(folder, local, before_s=self._asked_s if asked else time.time() - WRITTEN_AFTER_S)
 
         thread = threading.Thread(target=keep, name="compile_cache", daemon=True)
         thread.start()

@@ -35,7 +35,6 @@ class TrainStep:
             result = self._function(state, batch)
         if self.calls == 1:
             self._programs.tell()
-            self._programs.keep_now()
         return result
 
     def text(self) -> str:

@@ -1,7 +1,11 @@
 """What was compiled once is loaded; what is damaged, or of other settings, is not."""
 
 import hashlib
+import os
+import time
+from pathlib import Path
 
+import jax
 import pytest
 
 from openmoe.pipelines import storage
@@ -37,8 +41,6 @@ def used(tmp_path, monkeypatch):
 
 def compiles(recorder, programs):
     """As an incarnation does: a new jitted function, of the same program."""
-    import jax
-
     step = TrainStep(jax.jit(lambda state, batch: state * 3.25 + batch), recorder, programs)
     one = jax.numpy.ones(7)
     assert step(one, one)[0] == 4.25
@@ -66,6 +68,33 @@ def test_a_second_incarnation_compiles_nothing_and_loads_no_damaged_program(used
     third = used(compiles, *settings)
     assert (third["fetched"], third["refused"]) == (len(names) - len(ours), len(ours))
     assert third["loaded"] < third["programs"]
+
+
+def test_what_a_step_compiled_is_kept_while_the_run_goes_on_and_nothing_that_is_written_meanwhile(used, tmp_path):
+    programs_dir = f"{tmp_path}/programs"
+
+    def names():
+        folders = storage.list_folders(programs_dir)
+        return [name for folder in folders for name in storage.list_files(f"{programs_dir}/{folder}")]
+
+    def compiles_and_waits(recorder, programs):
+        compiles(recorder, programs)
+        programs.keep_new()
+        local = Path(jax.config.jax_compilation_cache_dir)
+        half = local / "half-written"
+        half.write_bytes(b"")
+        os.utime(half, (time.time() + 9, time.time() + 9))  # still being written
+        deadline_s = time.monotonic() + 60
+        while not names():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        there = {path.name for path in local.iterdir()} - {half.name}
+        while set(names()) != there:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        half.unlink()
+
+    used(compiles_and_waits, f"cluster.compile_cache={programs_dir}")
 
 
 def test_other_settings_fetch_nothing_and_none_are_kept_when_it_is_off(used, tmp_path):
