@@ -88,6 +88,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, mesh_axes(PartitionSpec(None, "batch", None)))
 
 
+def put_batch(mesh: Mesh, arrays: dict[str, np.ndarray]) -> dict[str, Array]:
+    """Returns host arrays, [microbatches, rows, seq] each, as a batch; every process holds all of them."""
+    layout = batch_sharding(mesh)
+    return {key: jax.make_array_from_callback(all_.shape, layout, all_.__getitem__) for key, all_ in arrays.items()}
+
+
 def by_rows(tree: Any, mesh: Mesh) -> Any:
     """Keeps arrays [b, ...] divided by rows, and by nothing else, inside a compiled function."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, mesh_axes(PartitionSpec("batch"))))

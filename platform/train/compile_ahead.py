@@ -1,7 +1,8 @@
 """What an incarnation on a layout will need, compiled before there is one, and kept in the run's compile cache.
 
-All processes of a group of that layout take one step from a fresh state, on rows of zeros, and throw the result away: a
-CPU's programs are for one rank of one group each, so nothing less than the group itself can compile them.
+All processes of a group of that layout take one step from a fresh state, on rows of zeros, evaluate such rows where
+the run does, and throw the results away: a CPU's programs are for one rank of one group each, so nothing less than
+the group itself can compile them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 
 from openmoe.model import checkpoint, sharding, step
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import compile_cache, train_loop
+from openmoe.platform.train import compile_cache, evaluation, train_loop
 
 
 class Counted:
@@ -37,19 +36,19 @@ def compile_ahead(spec: RunSpec) -> dict[str, dict[str, Any]]:
     with compile_cache.used(spec, events) as programs:
         state = step.arranged(*plan, step.init_state(spec.model, spec.optimizer, spec.seed, mesh))
         train_step: Any = step.make_train_step(*plan, skip_bad_numbers=spec.health.on_bad_numbers == "skip")
-        state, metrics = train_step(state, _zeros(spec, mesh))
+        micro_rows = spec.train.batch_rows // spec.train.microbatches
+        zeros = _zeros(spec.train.microbatches, micro_rows, spec.data.seq_len)
+        state, metrics = train_step(state, sharding.put_batch(mesh, zeros))
         jax.block_until_ready(metrics)
+        if spec.eval is not None:
+            zeros = _zeros(1, evaluation.rows_at_once(spec), spec.data.seq_len)
+            zeros["kinds"] = np.zeros_like(zeros["input_ids"])
+            jax.block_until_ready(evaluation.eval_step(spec, mesh)(state.params, sharding.put_batch(mesh, zeros)))
         checkpoint.examine(step.plain(*plan, state))
         programs.tell()
     return events.newest
 
 
-def _zeros(spec: RunSpec, mesh: Mesh) -> dict[str, Array]:
-    """Returns a batch as `train_loop.global_batch` does, without any data."""
-    num_micro, rows = spec.train.microbatches, spec.train.batch_rows // spec.train.microbatches
-    zeros = {
-        key: np.zeros((num_micro, rows, spec.data.seq_len), np.float32 if key == "loss_weights" else np.int32)
-        for key in train_loop.BATCH_KEYS
-    }
-    layout = sharding.batch_sharding(mesh)
-    return {key: jax.make_array_from_callback(all_.shape, layout, all_.__getitem__) for key, all_ in zeros.items()}
+def _zeros(*shape: int) -> dict[str, np.ndarray]:
+    """Returns a batch [microbatches, rows, seq] without any data."""
+    return {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in train_loop.BATCH_KEYS}

@@ -40,7 +40,7 @@ class Evaluations:
             return
         self._held_out = heldout.read(manifest_path, spec.eval.rows, cache_bytes=spec.cluster.shard_cache_bytes)
         self._plan = (spec.model, spec.optimizer, mesh, spec.execution)
-        self._eval_step = step.make_eval_step(*self._plan, num_kinds=len(saturation.KINDS))
+        self._eval_step = eval_step(spec, mesh)
         self._before = run.evaluations() if spec.train.stop_when else []
         self._judge()
 
@@ -76,22 +76,23 @@ class Evaluations:
 
     def _sums(self, params: Any, beat: Callable[[], None]) -> list[np.ndarray]:
         """Returns the fields of EvalSums over all rows, float64[rows, kinds] each."""
-        train = self._spec.train
-        num_rows = train.batch_rows // train.microbatches // self._spec.execution.accumulation_steps
-        parts = []
+        num_rows, parts = rows_at_once(self._spec), []
         for first in range(0, len(self._held_out.records), num_rows):
             beat()
-            parts.append(jax.device_get(self._eval_step(params, self._batch(first, num_rows))))
+            arrays = heldout.batch(self._held_out, first, num_rows)
+            batch = sharding.put_batch(self._mesh, {key: values[None] for key, values in arrays.items()})
+            parts.append(jax.device_get(self._eval_step(params, batch)))
         return [np.concatenate(sums).astype(np.float64) for sums in zip(*parts, strict=True)]
 
-    def _batch(self, first: int, num_rows: int) -> step.Batch:
-        arrays = heldout.batch(self._held_out, first, num_rows)
-        layout = sharding.batch_sharding(self._mesh)
-        shape = (1, num_rows, self._held_out.seq_len)
-        return {
-            key: jax.make_array_from_callback(shape, layout, lambda index, array=array: array[None][index])
-            for key, array in arrays.items()
-        }
+
+def eval_step(spec: RunSpec, mesh: Mesh) -> Callable[[Any, step.Batch], step.EvalSums]:
+    """Returns the compiled function of `step.make_eval_step` for the run's kinds of noise."""
+    return step.make_eval_step(spec.model, spec.optimizer, mesh, spec.execution, num_kinds=len(saturation.KINDS))
+
+
+def rows_at_once(spec: RunSpec) -> int:
+    """Returns how many rows are evaluated at a time: as many as a step holds at once."""
+    return spec.train.batch_rows // spec.train.microbatches // spec.execution.accumulation_steps
 
 
 def losses_of(held_out: HeldOut, sums: Sequence[np.ndarray]) -> dict[str, float]:
