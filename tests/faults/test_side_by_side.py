@@ -1,5 +1,6 @@
 """A data build and a run in one Ray on one machine: what the build takes is its own affair."""
 
+import contextlib
 import json
 import os
 import signal
@@ -20,8 +21,12 @@ pytestmark = [
 
 
 def workers():
-    below = psutil.Process().children(recursive=True)
-    return [process.pid for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
 
 
 def test_a_build_at_its_memory_limit_ends_its_own_unit_by_name_and_the_trainer_beside_it_goes_on(
