@@ -100,7 +100,6 @@ def train(
                 stopwatch.end(position.step, data_metrics["data_wait_s"])
                 evaluations.after_step(position, state, beat)
                 saver.after_step(position, notice, functools.partial(plain, state), beat, ends=evaluations.is_saturated)
-                programs.keep_new()
         saver.finish()
         beat()
         sampling.record_samples(spec, mesh, state := plain(state), recorder)

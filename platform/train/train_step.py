@@ -19,14 +19,15 @@ class TrainStep:
     """
 
     def __init__(self, function: Any, recorder: Recorder, programs: Programs) -> None:
-        """Takes the step, who is told of its first call, and the programs that are counted then."""
+        """Takes the step, who is told of its first call, and the programs, which are counted then."""
         self.calls = 0
         self._function, self._recorder, self._programs = function, recorder, programs
         self._shapes: Any = None
 
     def __call__(self, state: Any, batch: Any) -> Any:
-        """Does a step; a profile shows it by its number in this incarnation."""
+        """Does a step; a profile shows it by its number in this incarnation. What was compiled before it is kept."""
         self.calls += 1
+        self._programs.keep_new()
         if self.calls == 1:
             self._shapes = jax.tree.map(_shape, (state, batch))
             self._programs.tell()
