@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections import Counter
@@ -85,8 +86,8 @@ def wait_until(condition, timeout_s=60):
 
 def test_epochs_become_whole_steps_and_the_rest_is_left_out(first):
     _, manifest, resolved = first(2.5)
-    [rows] = Passes(manifest).rows(0)  # of this Python's library: 106 with 3.11
-    assert 90 < rows < 120
+    [rows] = Passes(manifest).rows(0)
+    assert rows == {11: 106, 13: 102}.get(sys.version_info.minor, rows)  # of this Python's library
     assert (resolved.train.steps, resolved.train.epochs) == (5 * rows // 16, None)  # 2.5 epochs of 8 rows a step
 
 
