@@ -160,7 +160,9 @@ def schema() -> None:
 
 @app.command()
 def runs(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder of run directories.")] = "openmoe-runs",
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="Folder of run directories, or one of them.")
+    ] = "openmoe-runs",
     as_json: Json = False,
 ) -> None:
     """List the runs of a folder with state, step and loss."""

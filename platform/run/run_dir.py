@@ -37,6 +37,7 @@ from openmoe.platform.run_file.spec import RunSpec
 from openmoe.platform.run_file.spec_errors import Problem, SpecError, problems_of
 
 FORMAT = 1
+DEFAULT_FOLDER = "openmoe-runs"  # of the shipped run files
 
 
 class RunDirError(ValueError):
@@ -60,7 +61,11 @@ class RunDir:
     def must_exist(self) -> None:
         """Raises RunDirError if no run lives here."""
         if not self.exists():
-            raise RunDirError(f"{self.path}: no run is here; `openmoe runs` lists those of a folder")
+            named = storage.join(
+                DEFAULT_FOLDER, self.path
+            )  # of a shipped run file: its name instead of its run directory
+            hint = f"did you mean {named}?" if RunDir(named).exists() else "`openmoe runs` lists those of a folder"
+            raise RunDirError(f"{self.path}: no run is here; {hint}")
 
     def create(self, spec: RunSpec, **facts: str) -> None:
         """Writes run.json, or checks that the one there is of the same mathematics and data.
@@ -276,7 +281,9 @@ class RunSummary:
 
 
 def list_runs(folder: str) -> list[RunSummary]:
-    """Returns the runs found directly in `folder`, oldest first; a folder without run.json is no run."""
+    """Returns the runs found directly in `folder`, oldest first, or the one whose run directory it is."""
+    if (run := RunDir(folder)).exists():
+        return [_summary(folder, run)]
     found = ((name, RunDir(storage.join(folder, name))) for name in storage.list_folders(folder))
     return sorted((_summary(name, run) for name, run in found if run.exists()), key=lambda run: run.updated_s)
 

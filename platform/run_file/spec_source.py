@@ -146,6 +146,10 @@ def _text(file: Path | Traversable, where: str, kind: Kind) -> str:
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = kind.if_missing or f"give its path, or a shipped name ({', '.join(kind.shipped())})"
         raise SpecError([Problem("", f"no such file; {remedy}")], where) from error
+    except IsADirectoryError as error:  # mostly a run directory, where the run file was asked for
+        raise SpecError(
+            [Problem("", f"a folder, not a {kind.noun}; give a file such as {kind.example}")], where
+        ) from error
     except OSError as error:
         raise SpecError([Problem("", f"cannot be read: {error.strerror}")], where) from error
     if len(content) > spec_yaml.MAX_BYTES:

@@ -114,6 +114,14 @@ def test_runs_are_listed_from_their_files_alone(tmp_path):
         loaded.train.steps,
         5.5,
     )
+    assert list_runs(run.path) == [found]
+
+
+def test_the_name_of_a_run_leads_to_its_run_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    RunDir("openmoe-runs/twin").create(spec.load("twin"))
+    with pytest.raises(RunDirError, match=r"^twin: no run is here; did you mean openmoe-runs/twin\?$"):
+        RunDir("twin").must_exist()
 
 
 def test_a_journal_is_read_in_the_order_written(run):

@@ -527,7 +527,7 @@ def test_a_flood_of_problems_is_cut_to_a_screenful(tmp_path):
             "missing.yaml",
             f"missing.yaml: no such file; give its path, or a shipped name ({SHIPPED})",
         ),
-        ("/tmp", "/tmp: cannot be read: Is a directory"),
+        ("/tmp", "/tmp: a folder, not a run file; give a file such as runs/quickstart.yaml"),
         (f"./{'a' * 300}.yaml", f"./{'a' * 300}.yaml: cannot be read: File name too long"),
         ("quikstart", "quikstart: no run file of this name is shipped; did you mean `quickstart`?"),
     ],
