@@ -87,6 +87,7 @@ def notes(spec: ClusterSpec, versions: Versions, file: str, run_name: str | None
       run_name: the run of a RayJob; None of a RayCluster.
     """
     kubectl = f"kubectl --namespace {spec.namespace}"
+    machines = f"{spec.generation.gke_machines}-{spec.chips_per_host}t"
     return [
         f"Cluster {spec.name}: {spec.summary}.",
         f"Rendered by `openmoe cluster render` for Ray {versions.ray}, Python {versions.python}, JAX {versions.jax}:",
@@ -96,8 +97,8 @@ def notes(spec: ClusterSpec, versions: Versions, file: str, run_name: str | None
         "started from it yet.",
         "",
         "It needs a GKE Standard cluster with KubeRay 1.6 or later and the TPU webhook (or the Ray Operator add-on),",
-        f"and {spec.slices} node pool(s) of {spec.generation.gke_accelerator}, topology {spec.topology}, "
-        f"{spec.hosts_per_slice} node(s) each{', spot' if spec.spot else ''}.",
+        f"and {spec.slices} node pool(s) of {spec.hosts_per_slice} {machines} each, topology {spec.topology}"
+        f"{', spot' if spec.spot else ''}.",
         "",
         f"Next: {kubectl} apply -f {file}",
         *_after_apply(spec, kubectl, run_name),

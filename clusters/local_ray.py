@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,10 @@ def init_arguments(*, num_cpus: int, object_store_bytes: int, dashboard_port: in
       dashboard_port: serves Ray's dashboard on this loopback port; None starts none.
 
     Raises:
-      LocalRayError: too little shared memory, or the dashboard's port is taken.
+      LocalRayError: too little shared memory, the dashboard's port is taken, or somebody else has the folder of logs.
     """
     check_shared_memory(object_store_bytes)
+    make_private(Path(log_dir()).parent)
     if dashboard_port is not None:
         check_port_free(dashboard_port)
     arguments: dict[str, Any] = {
@@ -84,8 +86,23 @@ def init_arguments(*, num_cpus: int, object_store_bytes: int, dashboard_port: in
 
 
 def log_dir() -> str:
-    """Returns the folder of Ray's logs and sockets; short, since a socket's path has at most 103 bytes on macOS."""
-    return f"/tmp/openmoe-ray-{os.getuid()}"
+    """Returns the folder of Ray's logs and sockets; short, since a socket's path has at most 103 bytes on macOS.
+
+    Ray opens it to everybody on the machine, and its sockets ask for no token: the folder above keeps others out.
+    """
+    return f"/tmp/openmoe-ray-{os.getuid()}/ray"
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder that its owner alone may enter; raises LocalRayError if somebody else has made it."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise LocalRayError(
+            f"{folder}: another user of this machine has made it; Ray's files go there, have it removed"
+        )
+    folder.chmod(0o700)  # earlier versions left it to Ray
 
 
 def check_shared_memory(object_store_bytes: int) -> None:

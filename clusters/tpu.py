@@ -31,6 +31,7 @@ class Generation:
       gcp_type: `acceleratorConfig.type` of the TPU API; None where its nodes cannot be made through that API.
       gcp_runtime: image of a TPU VM, `runtimeVersion` of the TPU API.
       gke_accelerator: value of the node label cloud.google.com/gke-tpu-accelerator.
+      gke_machines: series of the machine types of its node pools, of which "-4t" has 4 chips.
     """
 
     ray_name: str
@@ -40,6 +41,7 @@ class Generation:
     gcp_type: str | None
     gcp_runtime: str | None
     gke_accelerator: str
+    gke_machines: str
 
 
 GENERATIONS = {
@@ -51,6 +53,7 @@ GENERATIONS = {
         gcp_type="V4",
         gcp_runtime="tpu-ubuntu2204-base",
         gke_accelerator="tpu-v4-podslice",
+        gke_machines="ct4p-hightpu",
     ),
     "v5p": Generation(
         ray_name="v5p",
@@ -60,6 +63,7 @@ GENERATIONS = {
         gcp_type="V5P",
         gcp_runtime="v2-alpha-tpuv5",
         gke_accelerator="tpu-v5p-slice",
+        gke_machines="ct5p-hightpu",
     ),
     "v5e": Generation(
         ray_name="v5litepod",
@@ -69,6 +73,7 @@ GENERATIONS = {
         gcp_type="V5LITE_POD",
         gcp_runtime="v2-alpha-tpuv5-lite",
         gke_accelerator="tpu-v5-lite-podslice",
+        gke_machines="ct5lp-hightpu",
     ),
     "v6e": Generation(
         ray_name="v6e",
@@ -78,6 +83,7 @@ GENERATIONS = {
         gcp_type="V6E",
         gcp_runtime="v2-alpha-tpuv6e",
         gke_accelerator="tpu-v6e-slice",
+        gke_machines="ct6e-standard",
     ),
     "v7x": Generation(
         ray_name="v7x",
@@ -87,6 +93,7 @@ GENERATIONS = {
         gcp_type=None,
         gcp_runtime=None,
         gke_accelerator="tpu7x",
+        gke_machines="tpu7x-standard",
     ),
 }
 
@@ -97,7 +104,10 @@ def num_chips(topology: str) -> int:
 
 
 def chips_per_host(accelerator: str, topology: str) -> int:
-    """Chips of each host of a slice: 4, except that a 2D slice of up to 8 chips is one host."""
+    """Chips of each host of a slice: 4, except that a 2D slice of up to 8 chips is one host.
+
+    GKE would also make a 2x4 of two hosts of 4 chips; the TPU API and Ray know it as one of 8 alone.
+    """
     chips = num_chips(topology)
     return chips if GENERATIONS[accelerator].topologies is _2D and chips <= 8 else 4
 

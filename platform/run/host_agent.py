@@ -13,9 +13,9 @@ import fcntl
 import functools
 import http.client
 import logging
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -150,7 +150,8 @@ def follow(
 
 def run(address: str, slice_name: str, url: str, spot_s: float, maintenance_s: float) -> None:
     """Follows the metadata server until a preemption; a second agent on the host ends at once."""
-    lock = (Path(tempfile.gettempdir()) / "openmoe-host-agent.lock").open("w")
+    # In a folder of this user's own, or others could keep it from watching; homes may be shared among hosts.
+    lock = (Path.home() / f".openmoe-host-agent-{socket.gethostname()}.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

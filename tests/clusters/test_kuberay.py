@@ -228,3 +228,23 @@ def test_the_notes_give_the_next_command_and_say_that_no_cloud_was_reached():
     assert "kubectl --namespace training logs -f job/nano" in "\n".join(
         kuberay.notes(SPEC, VERSIONS, "tpu.yaml", "nano")
     )
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "machines"),
+    [
+        ("v4", "2x2x2", "2 ct4p-hightpu-4t"),
+        ("v5p", "2x2x1", "1 ct5p-hightpu-4t"),
+        ("v5e", "1x1", "1 ct5lp-hightpu-1t"),
+        ("v5e", "2x4", "1 ct5lp-hightpu-8t"),
+        ("v6e", "4x4", "4 ct6e-standard-4t"),
+        ("v7x", "2x2x2", "2 tpu7x-standard-4t"),
+    ],
+)
+def test_the_notes_name_the_machines_that_have_so_many_chips_as_a_pod_asks_for(accelerator, topology, machines):
+    """GKE makes a 2x4 of two machines of 4 chips too, on which a pod that asks for 8 would wait for ever."""
+    spec = spec_with(accelerator=accelerator, topology=topology)
+    pod = kuberay.render(spec, VERSIONS)["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert machines.endswith(f"-{pod['containers'][0]['resources']['limits']['google.com/tpu']}t")
+    said = f"and 2 node pool(s) of {machines} each, topology {topology}, spot."
+    assert said in kuberay.notes(spec, VERSIONS, "tpu.yaml", None)

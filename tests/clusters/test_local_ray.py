@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,29 @@ def test_the_dashboard_listens_on_this_machine_only():
     arguments = local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000, dashboard_port=port)
     assert (arguments["dashboard_host"], arguments["dashboard_port"]) == ("127.0.0.1", port)
     assert not local_ray.init_arguments(num_cpus=2, object_store_bytes=80_000_000)["include_dashboard"]
+
+
+def test_nobody_else_may_enter_the_folder_of_rays_logs_and_sockets(ray_local):
+    folder = Path(local_ray.log_dir())
+    assert (folder / "session_latest").exists()
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_was_open_to_everybody_is_closed(tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray").chmod(0o777)
+    local_ray.make_private(tmp_path / "ray")
+    assert stat.S_IMODE((tmp_path / "ray").stat().st_mode) == 0o700
+
+
+def test_a_folder_that_somebody_else_has_put_there_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    with pytest.raises(LocalRayError, match="link: another user of this machine has made it"):
+        local_ray.make_private(tmp_path / "link")
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    with pytest.raises(LocalRayError, match="theirs: another user of this machine has made it"):
+        local_ray.make_private(tmp_path / "theirs")
 
 
 def test_processes_of_a_ray_on_this_machine_look_for_garbage_seldom(ray_local):

@@ -1,6 +1,10 @@
 """The agent on a host, against a metadata server that polls long, breaks off, answers slowly and with errors."""
 
+import fcntl
 import http.server
+import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -166,3 +170,19 @@ def test_a_long_poll_that_ends_without_a_change_asks_again_and_drains_nothing(me
 )
 def test_what_the_metadata_server_says_is_so_much_time(key, value, left_s):
     assert host_agent.notice_s(key, value) == left_s
+
+
+def test_one_agent_watches_a_host_whatever_other_users_lock_in_the_folder_of_temporary_files(metadata, tmp_path):
+    metadata.patience_s = 60
+    (tmp_path / "home").mkdir()
+    environment = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = [sys.executable, "-u", host_agent.__file__, "--metadata", metadata.url]
+    with (tmp_path / "openmoe-host-agent.lock").open("w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as agent:
+            try:
+                assert agent.stdout.readline().endswith(f"host agent: watches {metadata.url}\n")
+                second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+            finally:
+                agent.kill()
+    assert (second.returncode, second.stdout[9:]) == (0, "host agent: another agent watches this host\n")
