@@ -13,6 +13,7 @@ import functools
 import glob as local_glob
 import io
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -264,10 +265,21 @@ def _entries(folder: str, part: str) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def _gcs() -> Any:
-    """Returns the client; without cached listings, since other processes create files all the time."""
+    return _client()
+
+
+def _client(**options: Any) -> Any:
+    """Returns a client; without cached listings, since other processes create files all the time."""
     import fsspec
 
-    return fsspec.filesystem("gs", use_listings_cache=False)
+    logging.getLogger("gcsfs").addFilter(_without_traceback)
+    return fsspec.filesystem("gs", use_listings_cache=False, **options)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leaves the line of what failed; the stacks, which gcsfs logs besides, bury the line that `_explained` raises."""
+    record.exc_info = None
+    return True
 
 
 @contextlib.contextmanager

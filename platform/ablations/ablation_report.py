@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -31,16 +31,26 @@ NOT_SHOWN = (
     "steps. Here nothing is large or runs that long: a switch without effect may be the one that matters.",
     "**Capacity.** Groups are {group} tokens; trainings have 4,096 and more, with steadier loads. How much is "
     "dropped, and what dropless routing is worth, depends on that.",
-    "**Balance.** Biases move by 0.001 a step, {reach:.2f} in {steps} steps at most: enough where scores are close, "
+    "**Balance.** Biases move by 0.001 a step, {reach} in {steps} steps at most: enough where scores are close, "
     "little for a router that has made up its mind. No expert is on another device, so imbalance costs no time.",
-    "**Experts.** {experts} experts of width {width} and 6 MB of Python's documentation and sources leave little to "
-    "specialise in, which is where fine-grained experts and a shared one are said to pay.",
+    "**Experts.** {experts}, with 6 MB of Python's documentation and sources, leave little to specialise in, which is "
+    "where fine-grained experts and a shared one are said to pay.",
     "**Padding.** These rows are packed to the last slots, with under 1 % padding (`openmoe data inspect quickstart`); "
     "emptier ones would show more.",
     "**Tuning.** All have the baseline's learning rate and schedule, which may suit it better than others.",
     "**Speed.** Tokens/s are those of the machine as busy as it was, with several runs side by side maybe, and steps "
     "this small leave an accelerator waiting: `benchmarks/model_step.py` compares speed.",
     "**Seeds.** A few give an idea of the spread and are no test; of this many variants one may look better by chance.",
+)
+
+LEGEND = (
+    "- **Loss** is the cross-entropy in nats over the last tenth of the steps, sentinels included; **text loss** "
+    "leaves them out. No row is read twice, and the rows of the last tenth are the same for all, so it is the loss on "
+    "rows not seen before (of documents of which other rows were). A seed draws the parameters and the order of rows.",
+    "- **Better** and **worse**: the difference of the means is larger than the seeds of either differ among "
+    "themselves.",
+    "- **Dropped**: share of the experts' choices that found no place. **Load CV**: standard deviation of the experts' "
+    "loads over their mean. **Active**: parameters that act on a token, without embedding and head.",
 )
 
 # Why openmoe-next-* are what they are, in view of the results that are shipped.
@@ -70,20 +80,47 @@ def page(sections: Sequence[Section], folder: str) -> str:
         "# Improved mode: each switch, its reason, and what it did",
         "",
         "The presets of the original are its model, peculiarities included. Each switch departs from it in one",
-        "thing; `openmoe-next-*` combine them. `openmoe model ablate` trains a small model of the original's",
-        "kind and each variant of it, from several seeds, and writes this page. It keeps one file a run in",
-        f"[`{folder}/`]({folder}) and trains only what is missing there or has other settings now; after a change to",
-        "the model's code, remove the files that it makes wrong.",
-        "",
-        "Widths are chosen so that in all variants as many parameters act on a token.",
+        "thing; `openmoe-next-*` combine them. This page says what each did in a small training.",
         "",
         *CHOSEN,
         "",
+        "## The switches",
+        "",
+        "Widths are chosen so that in all variants as many parameters act on a token.",
+        "",
         *_markdown(("variant", "what changes", "why", "paper"), [_described(name) for name in VARIANTS]),
+        "",
+        "## How to read the results",
+        "",
+        *LEGEND,
     ]
     for section in sections:
         lines += ["", *_of_scale(section, folder)]
+    lines += ["", "## What so small a test cannot show", "", *(f"- {line}" for line in _not_shown(sections))]
+    lines += [
+        *("", "## Measure it again", ""),
+        "`openmoe model ablate` trains a small model of the original's kind and each variant of it, from several",
+        f"seeds, and writes this page. It keeps one file a run in [`{folder}/`]({folder}) and trains only what is",
+        "missing there or has other settings now; after a change to the model's code, remove the files that it makes",
+        "wrong.",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _not_shown(sections: Sequence[Section]) -> list[str]:
+    """Returns the reservations, with the values of all scales."""
+
+    def of(value: Callable[[Section], object]) -> str:
+        return " and ".join(dict.fromkeys(str(value(section)) for section in sections))
+
+    values = {
+        "tokens": of(lambda section: facts.short(section.outcomes[0].tokens)),
+        "steps": of(lambda section: f"{section.outcomes[0].tokens // STEP_TOKENS:,}"),
+        "group": of(lambda section: f"{section.base.group_size:,}"),
+        "reach": of(lambda section: f"{1e-3 * (section.outcomes[0].tokens // STEP_TOKENS):.2f}"),
+        "experts": of(lambda section: f"{section.base.num_experts} experts of width {section.base.d_ff:,}"),
+    }
+    return [line.format(**values) for line in NOT_SHOWN]
 
 
 def _described(name: str) -> tuple[str, ...]:
@@ -97,14 +134,6 @@ def _of_scale(section: Section, folder: str) -> list[str]:
     steps = first.tokens // STEP_TOKENS
     devices = ", ".join(sorted({o.device for o in section.outcomes}))
     command = f"openmoe model ablate --scale {section.scale} --tokens {first.tokens}"
-    values = {
-        "tokens": facts.short(first.tokens),
-        "steps": f"{steps:,}",
-        "group": f"{base.group_size:,}",
-        "reach": 1e-3 * steps,
-        "experts": base.num_experts,
-        "width": base.d_ff,
-    }
     return [
         f"## At scale `{section.scale}`",
         "",
@@ -113,22 +142,11 @@ def _of_scale(section: Section, folder: str) -> list[str]:
         f"{first.tokens:,} tokens in {steps:,} steps of {BATCH_ROWS} rows of {SEQ_LEN}, from the quickstart's corpus; "
         f"Adafactor, rate {OPTIMIZER.learning_rate:g} / sqrt(max(step, {OPTIMIZER.warmup_steps})). On {devices}.",
         "",
-        "Loss is the cross-entropy in nats over the last tenth of the steps, sentinels included; text loss leaves them "
-        "out. No row is read twice, and the rows of the last tenth are the same for all, so it is the loss on rows not "
-        "seen before (of documents of which other rows were). A seed draws the parameters and the order of rows. "
-        "*Better* and *worse*: the difference of the means is larger than the seeds of either differ among themselves. "
-        "*Dropped*: share of the experts' choices that found no place. *Load CV*: standard deviation of the experts' "
-        "loads over their mean. *Active*: parameters that act on a token, without embedding and head.",
-        "",
         f"![losses of all seeds]({folder}/{section.scale}.svg)",
         "",
         *_markdown(COLUMNS, table_rows(section.summaries)),
         "",
         *verdicts(section.summaries),
-        "",
-        f"### What so small a test cannot show ({section.scale})",
-        "",
-        *(f"- {line.format(**values)}" for line in NOT_SHOWN),
     ]
 
 

@@ -90,7 +90,7 @@ def mesh_of(spec: RunSpec, machines: Machines) -> Mesh:
             [Problem("topology", f"{machines.name}: only what TPUs would run can be compiled without them")]
         )
     if importlib.util.find_spec("libtpu") is None:
-        message = "needs libtpu, which runs on Linux: pip install 'openmoe[tpu]', or plan without --compile"
+        message = "needs libtpu, which runs on Linux; install the extra `tpu` (README), or plan without --compile"
         raise SpecError([Problem("", message)], "--compile")
     os.environ.update(LIBTPU)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -65,7 +65,8 @@ def train(
         finished = run.finished()
         if finished and run_length.is_reached(spec.train, finished):
             show.say(f"{spec.name} is finished already ({finished['steps']} steps): {run.at('summary.html')}")
-            show.say(f"to train on: {run_length.longer(spec.train)}, or another run_dir to start over")
+            more = run_length.longer(spec.train, finished["steps"], finished.get("epochs"))
+            show.say(f"to train on: {more}, or another run_dir to start over")
             return 0
         try:
             # The second time because Ray, when it starts, puts handlers of its own in their place.

@@ -59,6 +59,14 @@ def is_reached(train: TrainConfig, finished: dict[str, Any]) -> bool:
     return finished["steps"] >= steps_of(train, epoch_rows or 0)
 
 
-def longer(train: TrainConfig) -> str:
-    """Returns the setting with which the run goes on after its end."""
-    return f"train.steps={2 * train.total_steps}" if train.epochs is None else f"train.epochs={2 * train.epochs:g}"
+def longer(train: TrainConfig, steps: int = 0, epochs: float | None = None) -> str:
+    """Returns the setting with which the run goes on after its end.
+
+    Args:
+      train: as in the run file.
+      steps: that it has done, which may be more than are wanted now.
+      epochs: those in epochs, where that is known.
+    """
+    if train.epochs is None:
+        return f"train.steps={2 * max(train.total_steps, steps)}"
+    return f"train.epochs={2 * max(train.epochs, epochs or 0):g}"

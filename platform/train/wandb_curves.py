@@ -67,7 +67,7 @@ class WandbCurves:
           RunDirError: wandb is not installed here.
         """
         if importlib.util.find_spec("wandb") is None:
-            raise RunDirError("trackers: wandb is not installed on this worker; install openmoe[wandb], or remove it")
+            raise RunDirError("trackers: wandb is not installed on this worker; install the extra wandb, or remove it")
         self._run, self._row_tokens = run, row_tokens
         self._outbox = Outbox()
         self._to_send: queue.SimpleQueue[list[Record] | None] = queue.SimpleQueue()

@@ -83,13 +83,11 @@ def proxy(gcs, monkeypatch):
     """The proxy, through which `storage` reaches gs:// in this test."""
     import os
 
-    import fsspec
-
     server = Proxy(urllib.parse.urlsplit(os.environ["STORAGE_EMULATOR_HOST"]).netloc)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    client = fsspec.filesystem("gs", endpoint_url=url, token="anon", use_listings_cache=False, skip_instance_cache=True)
+    client = storage._client(endpoint_url=url, token="anon", skip_instance_cache=True)
     monkeypatch.setattr(storage, "_gcs", lambda: client)
     yield server
     server.shutdown()
@@ -182,10 +180,12 @@ def test_a_shard_whose_download_is_cut_is_never_half_in_the_cache(proxy, folder,
     assert kept.read_bytes() == content
 
 
-def test_storage_that_refuses_for_ever_is_one_line(proxy, folder, monkeypatch):
+def test_storage_that_refuses_for_ever_is_one_line(proxy, folder, monkeypatch, caplog):
     sleep = asyncio.sleep
     monkeypatch.setattr(asyncio, "sleep", lambda delay_s, *result: sleep(min(delay_s, 0.01), *result))
     proxy.faults += [("GET", "refused")] * 20
     with pytest.raises(StorageUnavailable, match=r"shard: cannot be read: .*503") as error:
         storage.read_bytes(storage.join(folder, "shard"))
     assert "\n" not in str(error.value)
+    assert "out of retries" in caplog.text
+    assert "Traceback" not in caplog.text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from openmoe.platform.run_file.spec_errors import SpecError
 
 pytestmark = pytest.mark.timeout(180)
 
+DOCS = Path(__file__).parents[3] / "docs"
 TINY = replace(SCALES["small"], num_layers=1, moe_every=1, d_model=16, head_dim=8, d_ff=24, num_experts=4)
 
 
@@ -52,7 +54,7 @@ def test_the_combination_has_all_settings_of_the_presets_but_their_sizes(preset)
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_results_that_are_shipped_are_those_of_today_s_variants(scale):
-    found = ablation_run.load_outcomes(str(Path(__file__).parents[3] / "docs" / "ablations" / scale))
+    found = ablation_run.load_outcomes(str(DOCS / "ablations" / scale))
     (data_id,) = {outcome.data_id for outcome in found.values()}
     plan = Plan(scale=scale, base=SCALES[scale], tokens=1_048_576, seeds=3)
     assert ablation.still_to_run(plan, data_id, found) == []
@@ -135,12 +137,15 @@ def test_outcomes_are_summed_up_by_variant_in_the_table_s_order():
 
 def test_the_page_has_the_numbers_the_verdicts_and_what_they_do_not_show():
     outcomes = [outcome("baseline", 0, 5.25)]
-    page = ablation_report.page([Section("small", TINY, outcomes, summaries())], "ablations")
+    sections = [Section(scale, TINY, outcomes, summaries()) for scale in ("small", "100m")]
+    sections[1] = sections[1]._replace(base=replace(TINY, num_experts=8))
+    page = ablation_report.page(sections, "ablations")
     row = next(line for line in page.splitlines() if line.startswith("| dropless |"))
     assert row.startswith("| dropless | 4.625 | 4.500 to 4.750 (2) | -0.750 | better | 4.125 | 25.0% | 0.50 |")
     assert "- better: `dropless`" in page
     assert "10 steps of 4 rows of 512" in page
-    assert "### What so small a test cannot show" in page
+    assert page.count("What so small a test cannot show") == 1
+    assert "4 experts of width 24 and 8 experts of width 24, with 6 MB" in page
     assert "0.01 in 10 steps at most" in page
     assert "![losses of all seeds](ablations/small.svg)" in page
 
@@ -232,6 +237,15 @@ def test_two_variants_are_run_from_two_seeds_and_never_again(data, monkeypatch):
     assert "4 of 4 runs are done already" in again.stderr
     assert times == {path: path.stat().st_mtime_ns for path in (data / "found/small").iterdir()}
     assert (data / "found.md").read_text() == page
+
+
+def test_the_shipped_page_is_what_the_shipped_results_say(tmp_path):
+    """After a change to the page: openmoe model ablate, which trains nothing that is there."""
+    shutil.copytree(DOCS / "ablations", tmp_path / "ablations")
+    found = next(iter(ablation_run.load_outcomes(str(tmp_path / "ablations/small")).values()))
+    plan = plan_of(tokens=found.tokens, base=SCALES["small"])
+    ablation_run.write_page(str(tmp_path / "ablations"), plan, found.data_id)
+    assert (tmp_path / "ablations.md").read_text() == (DOCS / "ablations.md").read_text()
 
 
 def test_more_tokens_than_the_corpus_has_are_refused_with_their_number(data):

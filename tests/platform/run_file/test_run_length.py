@@ -54,3 +54,8 @@ def test_a_finished_run_that_is_wanted_longer_is_not_finished(overrides, finishe
 def test_what_makes_a_run_longer_is_said_in_its_own_unit():
     assert run_length.longer(train()) == "train.steps=200"
     assert run_length.longer(train("train.steps=null", "train.epochs=1.5")) == "train.epochs=3"
+
+
+def test_what_makes_a_run_longer_is_more_than_it_has_done():
+    assert run_length.longer(train("train.steps=50"), steps=100, epochs=0.5) == "train.steps=200"
+    assert run_length.longer(train("train.steps=null", "train.epochs=1.5"), steps=100, epochs=2.0) == "train.epochs=4"

@@ -48,7 +48,7 @@ def test_a_run_has_one_id_and_its_hash_does_not_know_of_trackers(run):
 def test_a_worker_without_wandb_is_one_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RunDirError, match=r"trackers: wandb is not installed on this worker; install openmoe\[wandb\]"):
+    with pytest.raises(RunDirError, match=r"trackers: wandb is not installed on this worker; install the extra wandb"):
         WandbCurves(run, row_tokens=1)
 
 
