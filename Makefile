@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: quickstart test test-interop test-tpu test-gpu test-faults demo-preemption check format wheel wheel-check lock clean
 
 quickstart: $(READY)
-	$(BIN)/openmoe quickstart
+	$(BIN)/openmoe quickstart $(ARGS)
 
 test: $(READY)
 	$(PYTEST) -n 2 --dist loadfile -m "not faults" --ignore=tests/tpu --ignore=tests/interop --ignore=tests/gpu $(ARGS)

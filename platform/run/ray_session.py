@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from openmoe.clusters import local_ray
@@ -20,7 +20,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
     that is printed to stdout inside the block is seen.
 
     Raises:
-      LocalRayError: this machine cannot start it.
+      LocalRayError: this machine cannot start it, or has not the devices for the workers.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -58,11 +58,26 @@ def started(cluster: ClusterConfig) -> Generator[str]:
             ray.init(**arguments)
         where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
     try:
+        if not address and (problem := lacking(cluster, ray.cluster_resources())):
+            raise local_ray.LocalRayError(problem)
         # Ray prints there what its logs have, such as the state of a raylet that died.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield where
     finally:
         ray.shutdown()
+
+
+def lacking(cluster: ClusterConfig, resources: Mapping[str, float]) -> str:
+    """Returns what a Ray of one machine lacks for a run, with the remedy; "" if nothing: it would wait for ever."""
+    wanted = cluster.num_workers * cluster.devices_per_worker
+    here = int(resources.get(cluster.accelerator.upper(), 0))
+    if cluster.accelerator == "cpu" or here >= wanted:  # as many CPUs as are wanted are told to Ray
+        return ""
+    return (
+        f"cluster: {cluster.num_workers} workers with {cluster.devices_per_worker} {cluster.accelerator} devices each, "
+        f"and Ray finds {here} on this machine; set num_workers, devices_per_worker and mesh to what there is, or hand "
+        "the run to a cluster (`openmoe submit`, or RAY_ADDRESS)"
+    )
 
 
 def _has_token() -> bool:

@@ -195,6 +195,16 @@ def test_an_object_store_larger_than_shared_memory_is_refused_in_one_line(tmp_pa
     )
 
 
+def test_a_run_does_not_wait_for_devices_that_its_own_ray_cannot_get(tmp_path):
+    result = openmoe("train", "twin", f"run_dir={tmp_path}/run", f"sample_corpus={tmp_path}/corpus")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "cluster: 2 workers with 4 tpu devices each, and Ray finds 0 on this machine; set num_workers, "
+        "devices_per_worker and mesh to what there is, or hand the "
+        "run to a cluster (`openmoe submit`, or RAY_ADDRESS)\n"
+    )
+
+
 def test_a_taken_dashboard_port_is_refused_in_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
