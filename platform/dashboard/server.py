@@ -53,7 +53,7 @@ def serve(
     served = app.create(watch, token=token, port=port, hosts=host_names(host))
     shown = f"[{host}]" if ":" in host else host
     say(f"dashboard  http://{shown}:{port}/{f'?token={token}' if token else ''}")
-    say(f"runs of    {', '.join(watch.folders) or 'the jobs of this machine'}")
+    say(f"runs of    {', '.join(map(_named, watch.folders)) or 'the jobs of this machine'}")
     config = uvicorn.Config(
         served,
         log_level="warning",
@@ -64,6 +64,10 @@ def serve(
         timeout_graceful_shutdown=2,
     )
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _named(folder: str) -> str:
+    return folder if "://" in folder or Path(folder).is_dir() else f"{folder} (there is no such folder yet)"
 
 
 def listen(host: str, port: int) -> socket.socket:

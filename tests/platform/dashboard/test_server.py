@@ -135,12 +135,14 @@ def test_an_address_that_is_not_of_this_machine_is_named():
 
 def test_ctrl_c_ends_it_although_somebody_is_listening_and_its_token_may_be_chosen(tmp_path):
     environment = os.environ | {"OPENMOE_HOME": str(tmp_path / "home"), server.TOKEN_VARIABLE: "chosen"}
-    command = [sys.executable, "-m", "openmoe.platform", "dashboard", str(tmp_path), "--port", "0"]
+    command = [sys.executable, "-m", "openmoe.platform", "dashboard", str(tmp_path), f"{tmp_path}/later", "--port", "0"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         address, _, token = process.stdout.readline().split()[1].partition("/?token=")
         assert token == "chosen"
+        shown = process.stdout.readline()
+        assert shown == f"runs of    {tmp_path}, {tmp_path}/later (there is no such folder yet)\n"
         headers = {"Authorization": f"Bearer {token}"}
         with httpx.stream("GET", f"{address}/api/overview/events", timeout=30, headers=headers) as stream:
             Events(stream).next()
