@@ -147,6 +147,9 @@ def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 _PAGE = """<!-- Written by `{command}`; edits are lost. The text is in platform/planner/plan_page.py. -->
 # Planning a run
 
+Does a run fit on given machines, how fast is it there, how long does it take, and for how much money? `openmoe plan`
+answers before anything is rented.
+
     openmoe plan RUN.yaml                                          on the slices that the file names
     openmoe plan RUN.yaml --topology v4-128 --topology v5p-64      on others, beside each other
     openmoe plan RUN.yaml --topology 2xv4-128                      on two slices
@@ -154,10 +157,10 @@ _PAGE = """<!-- Written by `{command}`; edits are lost. The text is in platform/
     openmoe plan RUN.yaml --assumptions FILE --assume preemptions.hours_between=2
     openmoe plan RUN.yaml --topology v4-128 --compile              asks the TPU compiler too; needs the extra `tpu`
 
-It answers before anything is rented: which meshes are legal, which of them fit, with what remat and how many rows at
-a time; what a step computes, moves and exchanges; how long all steps take and what they cost, preemptions included.
-The run file's own mesh is taken where it is for so many chips and fits, else the best one. Mesh, remat and
-`accumulation_steps` change no mathematics: what is proposed can be written into the file of a run under way.
+It says which meshes are legal, which of them fit, with what remat and how many rows at a time; what a step computes,
+moves and exchanges; how long all steps take and what they cost, preemptions included. The run file's own mesh is
+taken where it is for so many chips and fits, else the best one. Mesh, remat and `accumulation_steps` change no
+mathematics: what is proposed can be written into the file of a run under way.
 
 - **Names.** v4-128 and v5p-128 count TensorCores, two a chip: 64 chips. v5e-256, v6e-256 and h100-16 count chips.
 - **Legal.** A device holds whole routing groups; `openmoe validate` uses the same checks. The product of data, fsdp
@@ -175,13 +178,6 @@ The run file's own mesh is taken where it is for so many chips and fits, else th
   and what one in ten stays below or exceeds. Prices, rates and waits are in `platform/planner/plan_assumptions.yaml`,
   with the date of the prices. Nothing is fetched: put in your own.
 
-## Every preset on the usual slices
-
-{batch}; at {mfu} of the peak. "parts" is `accumulation_steps`, "limit" what a step would wait for if all else were
-free. The smallest models will not reach such a share of the peak of so many chips.
-
-{table}
-
 ## How near the memory estimate is
 
 To the peaks that libtpu 0.0.42 states for steps on 1,024 rows of 2,048 tokens, compiled without a TPU:
@@ -193,15 +189,22 @@ traffic to memory 5 % too low; the latter was off by up to 30 % in others.
 
 ## Optimizers
 
-All of this is with Adafactor. A plan of a run file with another `optimizer.name` charges that one's state, to memory
-and to the traffic of a step; Muon's own products, some 1 % of the 8B model's, are not counted. State, GiB, on all chips
-together:
+The [table of all presets](#every-preset-on-the-usual-slices) is with Adafactor. A plan of a run file with another
+`optimizer.name` charges that one's state, to memory and to the traffic of a step; Muon's own products, some 1 % of the
+8B model's, are not counted. State, GiB, on all chips together:
 
 {optimizers}
 
 ## Legal meshes
 
-With these microbatches. What is said of data x fsdp x expert may lie on any of the three as the others' rules allow.
+With {batch}. What is said of data x fsdp x expert may lie on any of the three as the others' rules allow.
 
 {legal}
+
+## Every preset on the usual slices
+
+{batch}; at {mfu} of the peak. "parts" is `accumulation_steps`, "limit" what a step would wait for if all else were
+free. The smallest models will not reach such a share of the peak of so many chips.
+
+{table}
 """
