@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, and the program has the commands, options and settings that are named."""
+"""README and docs: links lead somewhere; the files, commands, options and settings that are named are there."""
 
 import json
 import re
@@ -95,3 +95,15 @@ def exists(path: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_settings_on_a_page_exist(page):
     assert {name for name in settings(page) if not exists(name)} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_and_make_targets_on_a_page_exist(page):
+    text = page.read_text()
+    folders = "platform|model|pipelines|clusters|runs|benchmarks|tests|docs"
+    for path in re.findall(rf"[`\[ ]((?:{folders})/[\w/.-]*\w)[`\] ]", text):
+        assert (ROOT / path).exists(), path
+    names = {path.name for folder in folders.split("|") for path in (ROOT / folder).rglob("*.py")}
+    assert set(re.findall(r"`([a-z_0-9]+\.py)`", text)) - names == set()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|^ {4}(?:\$ )?)make ([a-z-]+)", text, re.M)) - targets == set()
