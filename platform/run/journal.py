@@ -63,6 +63,7 @@ class Journal:
         self._owner = (incarnation, process)
         self._sequence = 0
         self._lines: list[str] = []
+        self._closing = b""  # a segment not known to be durable yet; it may be, since answers get lost
         self._flush_s = flush_s
         self._flushed_at_s = time.monotonic()
         self._parts: list[bytes] = []  # contents of the newest segments, which may be merged yet
@@ -78,19 +79,19 @@ class Journal:
     def flush(self) -> None:
         """Closes the open segment: what was appended is durable when this returns."""
         self._flushed_at_s = time.monotonic()
-        if not self._lines:
-            return
-        data = ("\n".join(self._lines) + "\n").encode()
-        self._write(self._sequence, self._sequence, data)
-        self._lines = []
-        self._sequence += 1
-        self._parts.append(data)
-        self._merge()
+        while self._closing or self._lines:
+            if not self._closing:
+                self._closing, self._lines = ("\n".join(self._lines) + "\n").encode(), []
+            self._files.append(self._write(self._sequence, self._sequence, self._closing))
+            self._parts.append(self._closing)
+            self._closing = b""
+            self._sequence += 1
+            self._merge()
 
-    def _write(self, first: int, last: int, data: bytes) -> None:
+    def _write(self, first: int, last: int, data: bytes) -> Segment:
         segment = Segment(*self._owner, first, last)
         create(storage.join(self._folder, segment.name), data, incarnation=segment.incarnation)
-        self._files.append(segment)
+        return segment
 
     def _merge(self) -> None:
         """Puts the newest segments into one when their number is round; those of the merge before are removed now."""
@@ -98,9 +99,9 @@ class Journal:
         if span:
             storage.remove_files([storage.join(self._folder, segment.name) for segment in self._merged_away])
             first = self._sequence - span
+            merged = self._write(first, self._sequence - 1, b"\n".join(self._parts[-span:]))
             self._merged_away = [segment for segment in self._files if segment.first >= first]
-            self._files = [segment for segment in self._files if segment.first < first]
-            self._write(first, self._sequence - 1, b"\n".join(self._parts[-span:]))
+            self._files = [*(segment for segment in self._files if segment.first < first), merged]
         if span == MERGED_SEGMENTS[0] or sum(map(len, self._parts)) > MERGED_BYTES:
             self._parts.clear()
             self._files.clear()

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openmoe.pipelines import storage
+from openmoe.pipelines.storage import StorageUnavailable
 from openmoe.platform.run import journal
 from openmoe.platform.run.journal import Journal, JournalError, JournalReader
 
@@ -104,6 +105,41 @@ def test_wherever_the_writer_is_killed_every_durable_record_is_read_once(tmp_pat
         list(write(folder, [100, 101, 102], incarnation=2))
         assert numbers(journal.read(folder)) == [*durable, 100, 101, 102]
     assert dies_at == 44
+
+
+@pytest.mark.parametrize("lost", ["the request", "the answer"])
+def test_whichever_operation_the_storage_refuses_once_a_writer_that_goes_on_loses_nothing(
+    tmp_path, small_merges, monkeypatch, lost
+):
+    """A writer may go on after such a failure, as a driver does; what it could not close it closes later."""
+    create, remove, operations = storage.create_if_absent, storage.remove_files, []
+
+    def operate(operation, *arguments):
+        operations.append(operation)
+        if len(operations) != fails_at:
+            return operation(*arguments)
+        if lost == "the answer":
+            operation(*arguments)
+        raise StorageUnavailable("no answer")
+
+    monkeypatch.setattr(storage, "create_if_absent", lambda *arguments: operate(create, *arguments))
+    monkeypatch.setattr(storage, "remove_files", lambda paths: [operate(remove, [path]) for path in paths])
+    for fails_at in range(1, 44):
+        folder = str(tmp_path / str(fails_at))
+        reader, seen, failures = JournalReader(folder), [], 0
+        operations.clear()
+        written = Journal(folder, incarnation=1, process=0)
+        for number in range(17):
+            written.append({"n": number})
+            try:
+                written.flush()
+            except StorageUnavailable:
+                failures += 1
+            seen += numbers(reader.new())
+        written.flush()
+        seen += numbers(reader.new())
+        assert (failures, seen) == (1, list(range(17)))
+        assert numbers(journal.read(folder)) == list(range(17))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
