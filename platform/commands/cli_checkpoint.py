@@ -127,7 +127,7 @@ def _chosen(run: "RunDir", step: int | None) -> "list[Acceptance]":
     from openmoe.platform.run.run_dir import RunDirError
 
     valid = lineage.valid_acceptances(run.claims(), run.acceptances(), run.quarantined())
-    kept, stored = lineage.kept(valid, run.spec().train.retention), set(run.stored_checkpoints())
+    kept, stored = lineage.kept(valid, run.spec().retention), set(run.stored_checkpoints())
     there = [a for a in valid if a.number in kept or a.checkpoint in stored]
     if not there:
         raise RunDirError(f"{run.path}: the run has no accepted checkpoint yet; train it until its first one")

@@ -134,12 +134,14 @@ def valid_acceptances(
     claims: Iterable[Claim], acceptances: Iterable[Acceptance], quarantined: Iterable[int] = ()
 ) -> list[Acceptance]:
     """Returns the acceptances that count, oldest first."""
-    claims, bad = list(claims), set(quarantined)
-    return [
-        a
-        for a in sorted(acceptances, key=lambda a: a.number)
-        if a.number not in bad and not any(c.incarnation > a.incarnation and c.resumes < a.number for c in claims)
-    ]
+    later, bad, valid = sorted(claims, key=lambda claim: claim.incarnation), set(quarantined), []
+    lowest = math.inf  # that any claim after the incarnation in question goes on from
+    for a in sorted(acceptances, key=lambda a: -a.incarnation):
+        while later and later[-1].incarnation > a.incarnation:
+            lowest = min(lowest, later.pop().resumes)
+        if a.number <= lowest and a.number not in bad:
+            valid.append(a)
+    return sorted(valid, key=lambda a: a.number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +153,14 @@ class Retention:
       every_steps: the first at or after each of its multiples, for ever.
       best: so many with the lowest value of the metric.
       metric: by its name in the records.
+      behind_steps: so far behind the newest there is always one, or the first: what a run may have to go back to.
     """
 
     newest: int
     every_steps: int | None = None
     best: int = 0
     metric: str = "loss"
+    behind_steps: int = 0
 
 
 def kept(valid: Sequence[Acceptance], keep: Retention) -> dict[int, list[str]]:
@@ -170,14 +174,25 @@ def kept(valid: Sequence[Acceptance], keep: Retention) -> dict[int, list[str]]:
     for a in valid[-keep.newest :]:
         why[a.number].append("newest")
     if keep.every_steps:
-        steps = [0, *(a.step for a in valid)]
-        for before, a in zip(steps, valid, strict=False):
-            if a.step // keep.every_steps > before // keep.every_steps:
-                why[a.number].append(f"every {keep.every_steps:,} steps")
+        for a in _first_of_multiples(valid, keep.every_steps):
+            why[a.number].append(f"every {keep.every_steps:,} steps")
+    if keep.behind_steps:
+        # A few of these, instead of all, so that one of them is there whenever the newest has come further.
+        marks = [*valid[:1], *(a for a in _first_of_multiples(valid, keep.behind_steps) if a is not valid[0])]
+        behind = [a.number for a in marks if a.step <= valid[-1].step - keep.behind_steps]
+        for a in marks:
+            if not behind or a.number >= behind[-1]:
+                why[a.number].append("to go back to")
     measured = [a for a in valid if math.isfinite(a.metrics.get(keep.metric, math.nan))]
     for a in sorted(measured, key=lambda a: (a.metrics[keep.metric], a.number))[: keep.best]:
         why[a.number].append(f"best {keep.metric}")
     return dict(why)
+
+
+def _first_of_multiples(valid: Sequence[Acceptance], steps: int) -> list[Acceptance]:
+    """Returns the first acceptance at or after each multiple of `steps`."""
+    before = [0, *(a.step for a in valid)]
+    return [a for last, a in zip(before, valid, strict=False) if a.step // steps > last // steps]
 
 
 def removable(
@@ -280,6 +295,7 @@ def trace(
     line: list[Mapping[str, Any]] = []
     for claim in sorted(claims, key=lambda c: c.incarnation):
         start = step_of.get(claim.resumes, 0)
-        line = [r for r in line if r["step"] <= start]
+        while line and line[-1]["step"] > start:
+            line.pop()
         line += records.get(claim.incarnation, ())
     return line

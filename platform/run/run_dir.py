@@ -24,7 +24,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -46,9 +46,10 @@ class RunDirError(ValueError):
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths and records of one run; holds no state but its address."""
+    """Paths and records of one run; holds no state but its address, and records that never change, once read."""
 
     path: str
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def at(self, *parts: str) -> str:
         """Returns the address of something inside."""
@@ -130,17 +131,25 @@ class RunDir:
     def read_json(self, *parts: str) -> dict[str, Any]:
         """Returns a JSON object kept inside."""
         path = self.at(*parts)
-        try:
-            found = json.loads(storage.read_bytes(path))
-        except json.JSONDecodeError as error:
-            raise RunDirError(f"{path}: not readable as JSON ({error}); the run directory is damaged") from error
-        if not isinstance(found, dict):
-            raise RunDirError(f"{path}: holds {type(found).__name__}, not an object; the run directory is damaged")
-        return found
+        return _decode(path, storage.read_bytes(path))
 
     def _records(self, folder: str) -> list[dict[str, Any]]:
-        names = storage.list_files(self.at(folder))
-        return [self.read_json(folder, name) for name in names if re.fullmatch(r"\d{6}\.json", name)]
+        """Returns the records of a folder in the order of their numbers; after months there are thousands.
+
+        They are created and never changed, so those that were read before are not read again.
+        """
+        names = [name for name in storage.list_files(self.at(folder)) if re.fullmatch(r"\d{6}\.json", name)]
+        paths = [self.at(folder, name) for name in names]
+        new = [path for path in paths if path not in self._read]
+        for path, data in zip(new, storage.read_all(new), strict=True):
+            if data is not None:  # else it has been removed, as a quarantine may be
+                self._read[path] = _decode(path, data)
+        return [self._read[path] for path in paths if path in self._read]
+
+    def _create(self, record: dict[str, Any], *parts: str) -> bool:
+        """Creates a record that no other process would write so; returns False when the name is another's."""
+        path, data = self.at(*parts), _encode(record)
+        return storage.create_if_absent(path, data) or storage.read_bytes(path) == data
 
     def claims(self) -> list[Claim]:
         """Returns all claims, oldest first."""
@@ -152,9 +161,12 @@ class RunDir:
 
     def quarantined(self) -> dict[int, str]:
         """Returns the numbers of the acceptances that must not be restored, and why."""
-        damaged = {record["number"]: record["reason"] for record in self._records("quarantined")}
+        return self.tainted() | {record["number"]: record["reason"] for record in self._records("quarantined")}
+
+    def tainted(self) -> dict[int, str]:
+        """Returns those of them that are whole, and were trained on rows that are left out."""
         incidents = self.incidents()
-        return lineage.tainted(self.acceptances() if incidents else (), incidents) | damaged
+        return lineage.tainted(self.acceptances() if incidents else (), incidents)
 
     def stored_checkpoints(self) -> list[str]:
         """Returns the folders that lie below checkpoints/, finished or not, relative to the run directory."""
@@ -172,8 +184,15 @@ class RunDir:
         storage.create_if_absent(self.at("incidents", f"{incident.incarnation:06d}.json"), _encode(asdict(incident)))
 
     def newest_accepted(self) -> Acceptance | None:
-        """Returns the acceptance a new incarnation goes on from; None means from scratch."""
-        valid = lineage.valid_acceptances(self.claims(), self.acceptances(), self.quarantined())
+        """Returns the acceptance a new incarnation goes on from; None means from scratch.
+
+        Whether the newest can be restored is seen then. Of those before one that was barred, most have been removed.
+        """
+        quarantined = self.quarantined()
+        valid = lineage.valid_acceptances(self.claims(), self.acceptances(), quarantined)
+        if valid and valid[-1].number < max(quarantined, default=0):
+            stored = set(self.stored_checkpoints())
+            valid = [a for a in valid if a.checkpoint in stored]
         return valid[-1] if valid else None
 
     def step_of(self, number: int) -> int:
@@ -184,24 +203,33 @@ class RunDir:
         """Claims the next incarnation, which ends the acceptances of all earlier ones.
 
         Raises:
-          RunDirError: another driver claimed the same number at the same time.
+          RunDirError: another driver claimed the same number at the same time; or there is nothing to go on from, and
+            the run has come too far to be started over by itself.
         """
         resumes = self.newest_accepted()
+        if resumes is None and (lost := lineage.valid_acceptances(self.claims(), self.acceptances(), self.tainted())):
+            raise RunDirError(self._nothing_left(lost[-1]))
         number = max((c.incarnation for c in self.claims()), default=0) + 1
         claim = Claim(incarnation=number, resumes=resumes.number if resumes else 0, time_s=time.time())
-        record = {"incarnation": claim.incarnation, "resumes": claim.resumes, "time_s": claim.time_s}
-        if not storage.create_if_absent(self.at("incarnations", f"{number:06d}.json"), _encode(record)):
+        if not self._create(asdict(claim), "incarnations", f"{number:06d}.json"):
             raise RunDirError(
                 f"run_dir: {self.path} has just been claimed by another driver (incarnation {number}); "
                 "one driver a run directory: stop the other, or choose another run_dir"
             )
         return claim
 
+    def _nothing_left(self, newest: Acceptance) -> str:
+        reason, number = self.quarantined().get(newest.number, "removed"), newest.number
+        return (
+            f"run_dir: {self.path}: no checkpoint is left that can be restored (acceptance {number}, step "
+            f"{newest.step:,}: {reason}); if it is whole after all, remove quarantined/{number:06d}.json; to start "
+            "over, choose another run_dir"
+        )
+
     def accept(self, acceptance: Acceptance) -> Acceptance:
         """Writes the acceptance under the first free number from its own on; returns it as written."""
         while True:
-            path = self.at("accepted", f"{acceptance.number:06d}.json")
-            if storage.create_if_absent(path, _encode(acceptance.to_json())):
+            if self._create(acceptance.to_json(), "accepted", f"{acceptance.number:06d}.json"):
                 return acceptance
             acceptance = replace(acceptance, number=acceptance.number + 1)
 
@@ -253,6 +281,16 @@ class RunDir:
 
 def _encode(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _decode(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except json.JSONDecodeError as error:
+        raise RunDirError(f"{path}: not readable as JSON ({error}); the run directory is damaged") from error
+    if not isinstance(found, dict):
+        raise RunDirError(f"{path}: holds {type(found).__name__}, not an object; the run directory is damaged")
+    return found
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from openmoe.model.config import DEPARTURES, PRESETS, ExecutionConfig, ModelConf
 from openmoe.model.optimizer_config import AdafactorConfig, OptimizerConfig, RateConfig
 from openmoe.pipelines.config import DataConfig, identity
 from openmoe.pipelines.stage_presets import STAGE_PRESETS
+from openmoe.platform.run.lineage import Retention
 from openmoe.platform.run_file import spec_checks, spec_optimizer, spec_source, spec_yaml
 from openmoe.platform.run_file.spec_errors import Problem, SpecError, did_you_mean, problems_of, show
 from openmoe.platform.run_file.spec_sections import (
@@ -91,6 +92,18 @@ class RunSpec(Section):
         if problems:
             raise SpecError(problems)
         return self
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        train = self.train
+        return Retention(
+            newest=train.keep_checkpoints,
+            every_steps=train.keep_every_steps,
+            best=train.keep_best,
+            metric=train.best_metric,
+            behind_steps=self.health.rewound_steps,
+        )
 
 
 def load(path_or_name: str, overrides: Sequence[str] = ()) -> RunSpec:

@@ -5,7 +5,6 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from openmoe.clusters import tpu
-from openmoe.platform.run.lineage import Retention
 from openmoe.platform.run_file.spec_errors import show
 
 
@@ -103,6 +102,11 @@ class HealthConfig(Section):
         default=300.0, gt=0, description="No step is stuck before this: storage that fails for a while is waited for."
     )
 
+    @property
+    def rewound_steps(self) -> int:
+        """Steps that a rewind may take back besides the one at which it is found out."""
+        return self.spike_steps - 1 + self.guilty_steps_before if self.on_bad_numbers == "rewind" else 0
+
 
 class TrainConfig(Section):
     """How long, how large a step, how often to save."""
@@ -145,16 +149,6 @@ class TrainConfig(Section):
                 f"epochs: a run has steps or epochs, got steps={self.steps} too; remove one (or train.steps=null)"
             )
         return self
-
-    @property
-    def retention(self) -> Retention:
-        """Which checkpoints stay."""
-        return Retention(
-            newest=self.keep_checkpoints,
-            every_steps=self.keep_every_steps,
-            best=self.keep_best,
-            metric=self.best_metric,
-        )
 
     @property
     def total_steps(self) -> int:

@@ -57,7 +57,7 @@ def listed(run: RunDir, spec: RunSpec) -> list[Listed]:
     """Returns all checkpoints that were ever accepted, oldest first."""
     claims, everything, quarantined = run.claims(), run.acceptances(), run.quarantined()
     valid = lineage.valid_acceptances(claims, everything, quarantined)
-    kept, stored = lineage.kept(valid, spec.train.retention), set(run.stored_checkpoints())
+    kept, stored = lineage.kept(valid, spec.retention), set(run.stored_checkpoints())
     counts = {a.number for a in valid}
 
     def state(a: Acceptance) -> tuple[State, str]:

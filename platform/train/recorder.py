@@ -65,14 +65,15 @@ class Recorder:
     ) -> None:
         if error is not None:
             self.event("raised", error=f"{type(error).__name__}: {error}")
-        if self._wandb:
-            self._wandb.close()
         try:
-            self.flush()
+            self.flush()  # before all else: a peer that ended as well may have Ray kill this process at any moment
         except StorageError as failure:
             if error is None:
                 raise
             error.add_note(f"and its last records are lost: {failure}")  # must not hide what ended the incarnation
+        finally:
+            if self._wandb:
+                self._wandb.close()
 
     def begin(self, position: Position, ledger_head: str, loss_tokens: int | None) -> None:
         """Says where the incarnation starts; the time of the first step counts from here."""
@@ -165,10 +166,10 @@ class Recorder:
             self._wandb.evaluated(position.step, losses)
 
     def flush(self) -> None:
-        """Makes all that was kept so far durable."""
+        """Makes all that was kept so far durable; first the events, which say why an incarnation ends."""
+        self._events.flush()
         self._ledger.flush()
         self._metrics.flush()
-        self._events.flush()
         self._curves.flush()
 
 

@@ -169,8 +169,9 @@ def replay(
         plan, differs = _plan(spec, how.get(n, {}))
         changed |= dict.fromkeys(differs)
         loader = Loader(ledger_data.manifest_of(run, _data_id(run, how.get(n, {})), data_dir))
-        state, train_step = step.arranged(*plan, _placed(run, spec, start, plan[2], state)), step.make_train_step(*plan)
-        for number in group:
+        state, numbers = step.arranged(*plan, _placed(run, spec, start, plan[2], state)), list(group)
+        train_step = step.make_train_step(*plan, skip_bad_numbers="update_skipped" in steps[numbers[0]].metrics)
+        for number in numbers:
             batch = train_loop.global_batch(spec, plan[2], loader, first_row=steps[number].metrics["rows"][0])
             state, metrics = train_step(state, batch)
             computed = {name: value.tolist() for name, value in jax.device_get(metrics).items()}

@@ -12,9 +12,9 @@ from openmoe.platform.run.run_dir import RunDir
 
 SAME_IN_BOTH = ("step", "next_row", "incarnation", "data_id", "ledger_head")  # facts that the acceptance repeats
 
-# TensorStore's words when storage does not answer. It has tried again for long; that is no damage.
+# TensorStore's words when storage does not answer, for which it has tried again for long, or refuses: no damage.
 _UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-
+_DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 
 NOT_DAMAGE = (MemoryError, RuntimeError)  # of the devices or a peer, or it is named already
 
@@ -40,7 +40,7 @@ def restored(run: RunDir, accepted: Acceptance, template: step.TrainState) -> tu
 
     Raises:
       DamagedCheckpoint: it is gone, unreadable, another's, not finite, or of other bits than were accepted.
-      StorageUnavailable: nothing can be said about it.
+      StorageUnavailable, StorageDenied: nothing can be said about it.
     """
     folder, _, number = accepted.checkpoint.rpartition("/")
     where = f"{accepted.checkpoint}: "
@@ -96,9 +96,11 @@ def reason_of(error: Exception, path: str) -> str:
     """Returns in one line why the checkpoint at `path` cannot be read; TensorStore's words name the array.
 
     Raises:
-      StorageUnavailable: storage did not answer, so that nothing is said about the checkpoint.
+      StorageUnavailable, StorageDenied: storage did not answer, so nothing is said about the checkpoint.
     """
     words = interop.origin(error)
+    if isinstance(error, PermissionError) or any(word in words for word in _DENIED):
+        raise storage.StorageDenied(f"{path}: cannot be read: {words}") from error
     if any(word in words for word in _UNAVAILABLE):
         raise storage.StorageUnavailable(f"{path}: cannot be read: {words}") from error
     return words if isinstance(error, interop.CheckpointError) else f"cannot be read: {words}"

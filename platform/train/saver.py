@@ -50,7 +50,7 @@ class Saver:
         self._pace = Pace(spec, seen, recorder)
         self._folder = f"checkpoints/{claim.incarnation:06d}"
         self._checkpointer = checkpoint.Checkpointer(run.at(self._folder))
-        self._saving: tuple[Acceptance, float] | None = None
+        self._saving: tuple[Acceptance, float] | None = None  # what is saved, and when that began
         self._stored: set[str] | None = None  # what lies below checkpoints/, once it has been listed
 
     def restore(self, mesh: Mesh) -> tuple[step.TrainState, Position]:
@@ -108,14 +108,14 @@ class Saver:
             self._recorder.catch_up()
             if (noticed and self._fits(notice, position)) or due:
                 self.save(plain(), position)
-        if noticed:
+        if self._saving is not None and (noticed or not self._checkpointer.is_saving()):
+            beat()
             self.wait()
-        self.accept_committed()
 
     def _fits(self, notice: Notice, position: Position) -> bool:
         """Returns whether a save is done before the machines go; all processes ask at once, and agree."""
         save_s = self._pace.seen.save_s or 0.0
-        left_s = max(0.0, self._saving[1] + save_s - time.time()) if self._saving else 0.0
+        left_s = max(0.0, self._saving[1] + save_s - time.monotonic()) if self._saving else 0.0
         answer = notice.answer(left_s + save_s)
         if jax.process_index() == 0:
             self._recorder.event("notice", step=position.step, **answer._asdict())
@@ -123,14 +123,14 @@ class Saver:
         return answer.saves
 
     def save(self, state: step.TrainState, position: Position) -> None:
-        """Starts an asynchronous save of a state in its plain form; `accept_committed` notices its end.
+        """Starts an asynchronous save of a state in its plain form; `after_step` notices its end.
 
         Raises:
           NonFiniteState: it is none to go on from.
         """
         self._recorder.catch_up()
-        self.finish()
-        start_s = time.time()
+        self.wait()
+        start_s = time.monotonic()
         examined = checkpoint.examine(state)
         if examined.not_finite:
             what = f"{interop.listed(examined.not_finite)}: holds numbers that are not finite; it is not saved"
@@ -152,7 +152,7 @@ class Saver:
         with _full_disk_named(self._run.at(acceptance.checkpoint)):
             self._checkpointer.save(position.step, state, self._facts(acceptance) | {"sums": examined.sums})
         self._saving = (acceptance, start_s)
-        stall_s = time.time() - start_s
+        stall_s = time.monotonic() - start_s
         self._recorder.event("save_started", step=position.step, stall_s=stall_s)
         self._recorder.flush()
         self._pace.saved(position.step, stall_s)
@@ -174,26 +174,17 @@ class Saver:
             **{name: getattr(acceptance, name) for name in restore.SAME_IN_BOTH},
         }
 
-    def accept_committed(self) -> None:
-        """Writes the acceptance of the save in progress, if it has been committed since."""
-        if self._saving is not None and not self._checkpointer.is_saving():
-            with self._recorder.charged("save"):
-                self.wait()
-
-    def finish(self) -> None:
-        """Waits as `wait` does, and journals how long."""
-        with self._recorder.charged("save"):
-            self.wait()
-
     def wait(self) -> None:
-        """Waits until the save in progress, if any, is committed and accepted.
+        """Waits until the save in progress, if any, is committed and accepted; journals how long.
 
         Raises:
           Superseded: a newer incarnation exists, so this checkpoint will never count.
         """
-        if self._saving is None:
-            return
-        acceptance, start_s = self._saving
+        if self._saving is not None:
+            with self._recorder.charged("save"):
+                self._accept(*self._saving)
+
+    def _accept(self, acceptance: Acceptance, start_s: float) -> None:
         with _full_disk_named(self._run.at(acceptance.checkpoint)):
             self._checkpointer.wait()
         self._saving = None
@@ -201,7 +192,7 @@ class Saver:
             raise Superseded(f"incarnation {self._claim.incarnation} is no longer the newest")
         if jax.process_index() == 0:
             acceptance = self._run.accept(replace(acceptance, time_s=time.time()))
-            seconds = time.time() - start_s
+            seconds = time.monotonic() - start_s
             self._recorder.event("accepted", step=acceptance.step, number=acceptance.number, seconds=seconds)
             self._pace.accepted(seconds)
             self._recorder.flush()
@@ -209,7 +200,7 @@ class Saver:
 
     def _prune(self, newest: Acceptance) -> None:
         """Removes the checkpoints that need not be kept, and what earlier incarnations have left unfinished."""
-        claims, everything, keep = self._run.claims(), self._run.acceptances(), self._spec.train.retention
+        claims, everything, keep = self._run.claims(), self._run.acceptances(), self._spec.retention
         valid = lineage.valid_acceptances(claims, everything, self._run.quarantined())
         if newest.number not in {a.number for a in valid}:
             return  # another has claimed the run: what stays is its affair

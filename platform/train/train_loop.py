@@ -100,7 +100,7 @@ def train(
                 stopwatch.end(position.step, data_metrics["data_wait_s"])
                 evaluations.after_step(position, state, beat)
                 saver.after_step(position, notice, functools.partial(plain, state), beat, ends=evaluations.is_saturated)
-        saver.finish()
+        saver.wait()
         beat()
         sampling.record_samples(spec, mesh, state := plain(state), recorder)
         programs.tell()

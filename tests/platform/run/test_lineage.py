@@ -86,6 +86,21 @@ def test_the_newest_those_of_round_steps_and_the_best_are_kept_each_with_its_rea
     assert kept([], keep) == {}
 
 
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    st.builds(Retention, newest=st.integers(1, 3), behind_steps=st.integers(1, 100)),
+)
+def test_a_run_that_may_have_to_go_back_has_a_checkpoint_as_far_behind_and_few_of_them(distances, keep):
+    valid, stored, step = [], set(), 0
+    for distance in distances:
+        step += distance
+        valid.append(accepted(len(valid) + 1, 1, step))
+        stored = (stored | {len(valid)}) & kept(valid, keep).keys()
+        behind = {a.number for a in valid if a.step <= step - keep.behind_steps}
+        assert stored & behind or not behind
+        assert len(stored) <= keep.newest + 4
+
+
 def test_a_leftover_of_a_dead_incarnation_goes_and_a_save_that_is_under_way_stays():
     everything = [accepted(1, 1, 20), accepted(2, 1, 40), accepted(3, 2, 40), accepted(4, 2, 60)]
     valid = valid_acceptances([claim(1, 0), claim(2, 1)], everything)
@@ -110,9 +125,26 @@ def histories(draw):
     return claims, everything, quarantined
 
 
+@given(histories())
+def test_what_counts_is_what_no_later_claim_went_back_behind(history):
+    claims, everything, quarantined = history
+    wanted = [
+        a.number
+        for a in everything
+        if a.number not in quarantined and all(a.number <= c.resumes for c in claims if c.incarnation > a.incarnation)
+    ]
+    assert numbers(valid_acceptances(claims, everything, quarantined)) == wanted
+
+
 @given(
     histories(),
-    st.builds(Retention, newest=st.integers(1, 3), every_steps=st.none() | st.integers(1, 4), best=st.integers(0, 2)),
+    st.builds(
+        Retention,
+        newest=st.integers(1, 3),
+        every_steps=st.none() | st.integers(1, 4),
+        best=st.integers(0, 2),
+        behind_steps=st.integers(0, 5),
+    ),
 )
 def test_whatever_happened_what_is_removed_is_never_wanted(history, keep):
     claims, everything, quarantined = history

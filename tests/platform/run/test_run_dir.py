@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from openmoe.pipelines import storage
 from openmoe.pipelines.storage import StorageError
 from openmoe.platform.run import journal
 from openmoe.platform.run.journal import Journal, JournalError
-from openmoe.platform.run.lineage import Acceptance
+from openmoe.platform.run.lineage import Acceptance, Incident, Rows
 from openmoe.platform.run.run_dir import RunDir, RunDirError, list_runs
 from openmoe.platform.run_file import spec
 from openmoe.platform.run_file.spec_errors import SpecError
@@ -17,9 +18,16 @@ from openmoe.platform.run_file.spec_errors import SpecError
 
 def acceptance(number, incarnation, step):
     return Acceptance(
-        number=number, incarnation=incarnation, step=step, next_row=step, checkpoint="checkpoints/000001/1",
-        digest="", ledger_head="", data_id="",
+        number=number, incarnation=incarnation, step=step, next_row=step,
+        checkpoint=f"checkpoints/{incarnation:06d}/{step}", digest="", ledger_head="", data_id="",
     )  # fmt: skip
+
+
+def saved(run, *steps):
+    """Checkpoints of incarnation 1, accepted in this order."""
+    for number, step in enumerate(steps, 1):
+        Path(run.at("checkpoints/000001", str(step))).mkdir(parents=True)
+        run.accept(acceptance(number, 1, step))
 
 
 @pytest.fixture
@@ -49,12 +57,57 @@ def test_what_an_older_incarnation_accepts_later_is_not_gone_on_from(run):
     assert run.newest_accepted().step == 20
 
 
-def test_a_quarantined_acceptance_is_not_gone_on_from(run):
+def test_of_those_before_a_quarantined_checkpoint_the_newest_that_was_not_removed_is_gone_on_from(run):
     run.claim()
-    run.accept(acceptance(1, 1, 20))
-    run.accept(acceptance(2, 1, 40))
-    run.quarantine(2, "its bits differ")
+    saved(run, 20, 40, 60, 80)
+    for step in (40, 60):
+        Path(run.at("checkpoints/000001", str(step))).rmdir()
+    run.quarantine(4, "its bits differ")
     assert run.newest_accepted().step == 20
+    assert run.claim().resumes == 1
+
+
+def test_a_run_that_has_lost_all_its_checkpoints_is_not_started_over_by_itself(run):
+    run.claim()
+    saved(run, 20, 40)
+    Path(run.at("checkpoints/000001/20")).rmdir()
+    run.quarantine(2, "cannot be read: PERMISSION_DENIED")
+    with pytest.raises(RunDirError) as error:
+        run.claim()
+    assert str(error.value) == (
+        f"run_dir: {run.path}: no checkpoint is left that can be restored (acceptance 2, step 40: cannot be read: "
+        "PERMISSION_DENIED); if it is whole after all, remove quarantined/000002.json; to start over, choose another "
+        "run_dir"
+    )
+    Path(run.at("quarantined/000002.json")).unlink()
+    assert run.claim().resumes == 2
+
+
+def test_a_run_whose_first_rows_were_bad_starts_over_without_them(run):
+    run.claim()
+    saved(run, 20)
+    run.add_incident(Incident(incarnation=1, step=21, rows=Rows(0, 21), reason="loss nan", time_s=1.0))
+    assert run.claim().resumes == 0
+
+
+def test_a_record_whose_answer_was_lost_is_this_callers_own(run, monkeypatch):
+    """The client of gs:// repeats such a request, and is told that the name is taken."""
+    create = storage.create_if_absent
+    monkeypatch.setattr(storage, "create_if_absent", lambda path, data: create(path, data) and False)
+    assert run.claim().incarnation == 1
+    assert run.accept(acceptance(1, 1, 20)).number == 1
+    assert [a.step for a in run.acceptances()] == [20]
+
+
+def test_records_are_read_once(run, monkeypatch):
+    run.claim()
+    saved(run, *range(20, 100, 20))
+    read_all, asked = storage.read_all, []
+    monkeypatch.setattr(storage, "read_all", lambda paths: asked.extend(paths) or read_all(paths))
+    assert len(run.acceptances()) == 4
+    run.accept(acceptance(5, 1, 100))
+    assert len(run.acceptances()) == 5
+    assert asked == [run.at("accepted", f"{number:06d}.json") for number in range(1, 6)]
 
 
 def _claim(path, results):

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.model import checkpoint, sharding, step
+from openmoe.pipelines.storage import StorageDenied, StorageUnavailable
 from openmoe.platform.commands import cli
 from openmoe.platform.run.lineage import Claim, Position
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file import spec
 from openmoe.platform.train import restore
+from openmoe.platform.train.notice import Answer
 from openmoe.platform.train.recorder import Recorder
 from openmoe.platform.train.restore import DamagedCheckpoint
 from openmoe.platform.train.saver import NonFiniteState, Saver
@@ -157,6 +160,36 @@ def test_whichever_file_is_damaged_the_bits_are_right_or_the_checkpoint_is_refus
         assert error.startswith("acceptance 1: checkpoints/000001/2: ")
         assert len(error.splitlines()) == 1
         assert len(error) < 600
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (
+            ValueError('PERMISSION_DENIED: Error reading "a/.zarray" in OCDBT database: Permission denied'),
+            StorageDenied,
+        ),
+        (PermissionError(13, "Permission denied", "2/loader/metadata"), StorageDenied),
+        (ValueError("UNAUTHENTICATED: error fetching token"), StorageDenied),
+        (ValueError("DEADLINE_EXCEEDED: no answer"), StorageUnavailable),
+    ],
+)
+def test_a_checkpoint_that_may_not_be_read_or_cannot_be_now_is_not_taken_for_damaged(error, kind):
+    with pytest.raises(kind, match=r"checkpoints/000001/2: cannot be read: .*(ermission denied|token|no answer)"):
+        restore.reason_of(error, "checkpoints/000001/2")
+
+
+def test_a_wait_for_a_save_on_notice_is_charged_to_it(made, tmp_path):
+    loaded, state, _ = made
+    run = RunDir(f"{tmp_path}/run")
+    run.create(loaded)
+    notice = SimpleNamespace(reached=lambda step: True, answer=lambda save_s: Answer(True, 30.0, save_s))
+    with Recorder(run, run.claim(), lambda record: None, row_tokens=128) as recorder:
+        recorder.begin(Position(), "", 0)
+        saver = Saver(loaded, run, Claim(incarnation=1, resumes=0, time_s=0.0), recorder, data_id="rows")
+        saver.after_step(Position(3, 24), notice, lambda: state)
+    events = [(e["event"], e.get("cause")) for e in run.events()]
+    assert events == [("notice", None), ("save_started", None), ("accepted", None), ("charged", "save")]
 
 
 def test_a_checkpoint_that_is_gone_is_named(made, run):

@@ -22,7 +22,7 @@ from openmoe.platform.run.lineage import Position
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file import spec
 from openmoe.platform.run_file.spec_errors import SpecError
-from openmoe.platform.train import cadence, health
+from openmoe.platform.train import cadence, health, replay
 from openmoe.platform.train.cadence import NOTHING_SEEN, Seen
 from openmoe.platform.train.health import NonFiniteLoss
 from openmoe.platform.train.restore import DamagedCheckpoint
@@ -243,7 +243,7 @@ def test_a_run_goes_back_to_a_clean_checkpoint_leaves_the_guilty_rows_out_and_th
     train, poison, tmp_path
 ):
     poison(32)
-    rewinds = ("health.on_bad_numbers=rewind", "budgets.bad_numbers=1")
+    rewinds = ("health.on_bad_numbers=rewind", "budgets.bad_numbers=1", "train.keep_checkpoints=1")
     with pytest.raises(NonFiniteLoss, match=r"step 5, rows 24\.\.39: loss nan"):
         train("a", *rewinds)
     run = RunDir(str(tmp_path / "a"))
@@ -270,6 +270,7 @@ def test_an_update_that_is_not_finite_is_not_made_and_counted_and_the_ledger_nam
     incident = f"update skipped: loss nan, gradient norm {run.trace()[2]['grad_norm']}"
     assert found["skipped"] == [{"incarnation": 1, "lo": 16, "hi": 24, "incident": incident}]
     assert (found["holds"], found["steps"], found["trained_rows"]) == (True, 4, 24)
+    assert replay.replay(run, run.spec(), 4)[4:] == (2, None)  # the steps after the checkpoint of step 2, all bits
     with pytest.raises(NonFiniteLoss, match=r"step 3, rows 8\.\.23: 1 steps in a row were skipped"):
         train("b", "health.on_bad_numbers=skip", "health.max_skips=0")
 

@@ -12,6 +12,7 @@ from openmoe.platform.run.lineage import Acceptance
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file import spec
 from openmoe.platform.train import wandb_curves
+from openmoe.platform.train.recorder import Recorder
 from openmoe.platform.train.wandb_curves import Outbox, WandbCurves
 
 
@@ -29,6 +30,18 @@ def test_steps_wait_for_a_checkpoint_and_leave_once():
     outbox.evaluated(4, {"loss": 5.0})
     outbox.evaluated(3, {"loss": 9.0})  # not the newest: none of this incarnation's
     assert [(r["step"], r.get("evaluation")) for r in outbox.accepted(9)] == [(3, None), (4, {"loss": 5.0})]
+
+
+def test_what_ended_an_incarnation_is_durable_before_wandb_is_waited_for(run, monkeypatch):
+    """Ray ends a process that is left when its peers have ended, and `bad_numbers` is what a rewind goes by."""
+    durable = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(WandbCurves, "close", lambda self: durable.extend(e["event"] for e in run.events()))
+    error = ArithmeticError()
+    recorder = Recorder(run, run.claim(), print, row_tokens=1, trackers=["wandb"])
+    recorder.event("bad_numbers")
+    recorder.__exit__(ArithmeticError, error, None)
+    assert durable == ["bad_numbers", "raised"]
 
 
 @pytest.fixture
