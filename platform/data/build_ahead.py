@@ -18,7 +18,7 @@ from openmoe.pipelines.build import Report, Workplace
 from openmoe.pipelines.config import BLOCK_ROWS
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.mixture import WINDOW_ROWS
-from openmoe.pipelines.storage import StorageDenied
+from openmoe.pipelines.storage import StorageDenied, StorageUnavailable
 from openmoe.platform.run_file import run_length
 from openmoe.platform.run_file.spec import RunSpec
 
@@ -131,17 +131,27 @@ class BuildAhead:
 
     def _work(self) -> None:
         try:
-            while not passes.covers(self._passes, self._last_row) and not self._stop.is_set():
-                row = self._position_steps() * self._batch_rows
-                if wanted := passes.coming(self._passes, row, min(row + AHEAD_ROWS, self._last_row), ahead=1):
-                    build.pack(self._passes, wanted, self._report, self._place)
-                elif self._stop.wait(POLL_S):
-                    return
+            while not self._stop.is_set() and not self._is_done():
+                self._stop.wait(POLL_S)
         except StorageDenied as error:
             self._say(_left_to_workers(error))
         except Exception as error:
             if not self._stop.is_set():
                 self._failure = error
+
+    def _is_done(self) -> bool:
+        """Packs what the run comes to soon; returns whether that was the last of it."""
+        try:
+            while not passes.covers(self._passes, self._last_row):
+                row = self._position_steps() * self._batch_rows
+                wanted = passes.coming(self._passes, row, min(row + AHEAD_ROWS, self._last_row), ahead=1)
+                if not wanted or self._stop.is_set():
+                    return False
+                build.pack(self._passes, wanted, self._report, self._place)
+        except StorageUnavailable as error:
+            self._place.say(f"{error}; trying on")  # a worker that needs the rows meanwhile packs them, or ends
+            return False
+        return True
 
 
 def _left_to_workers(error: StorageDenied) -> str:

@@ -187,7 +187,7 @@ class Attempt:
         from openmoe.platform.run import frozen, hosts, worker_group
         from openmoe.platform.train import worker
 
-        board, self._next_board = self._next_board or boards.start(), None
+        board, self._next_board = boards.living(self._next_board), None
         watch = hosts.Watch(self._spec.cluster.num_workers, self._instances)
         seen = cadence.seen_in(self._run.events())
         if self._spec.train.checkpoint_every_steps == "auto":
@@ -243,7 +243,7 @@ class Attempt:
                 self._rendered_groups = rendered
                 self._show.say(f"training got ahead of the build: {rendered} group(s) of rows rendered on read so far")
             tokens = self._spec.train.batch_rows * self._spec.data.seq_len
-            detail = f"loss {record['loss']:.3f}  {tokens / record['step_s']:,.0f} tokens/s"
+            detail = f"loss {record['loss']:.3f}  {tokens / max(record['step_s'], 1e-9):,.0f} tokens/s"
             self._show("train", record["step"], self._spec.train.total_steps, "steps", detail)
 
     def _judge(self, claim: Claim, journal: Journal, verdict: Verdict) -> Decision:

@@ -139,9 +139,9 @@ class Programs:
                 if hashlib.sha256(program).digest() != digest:
                     self._refused += 1
                     continue
-                (local / name).write_bytes(program)
                 self._known.add(name)
-        except storage.StorageError as error:
+                (local / name).write_bytes(program)
+        except (storage.StorageError, OSError) as error:  # JAX compiles anew what is there in part
             self._recorder.event("compile_cache_failed", error=str(error))
         self._fetched = len(self._known)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.pipelines import build, stdlib_corpus
+from openmoe.pipelines import build, passes, stdlib_corpus
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
+from openmoe.pipelines.storage import StorageUnavailable
 from openmoe.platform.data import build_ahead
 from openmoe.platform.data.build_ahead import BuildAhead
 from openmoe.platform.run import report, run_dir
@@ -163,6 +164,24 @@ def test_data_that_went_bad_ends_the_run_with_one_line(first, tmp_path):
         wait_until(lambda: not ahead._thread.is_alive())
         with pytest.raises(DataError, match=r"\.parquet: .*; "):
             ahead.check()
+
+
+def test_storage_that_does_not_answer_for_a_while_ends_neither_the_building_nor_the_run(first, monkeypatch):
+    monkeypatch.setattr(build_ahead, "POLL_S", 0.05)
+    _, manifest, resolved = first(2)
+    coming, failures, said = passes.coming, [StorageUnavailable("gs://b/rows: cannot be listed: 503")] * 3, []
+
+    def at_the_fourth(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        return coming(*arguments, **options)
+
+    monkeypatch.setattr(passes, "coming", at_the_fourth)
+    with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
+        wait_until(lambda: not ahead._thread.is_alive())
+        ahead.check()
+    assert len(Passes(manifest).rows(0)) == 2
+    assert said == ["gs://b/rows: cannot be listed: 503; trying on"]
 
 
 def test_the_end_of_an_attempt_ends_the_building_too(first):

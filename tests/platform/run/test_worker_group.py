@@ -297,3 +297,6 @@ def test_a_board_that_is_gone_answers_nothing_and_ends_no_run(ray_local):
     ray_local.kill(board)
     assert boards.ask(board.take.remote(), None) is None
     assert boards.ask(board.placements.remote(), {0: "node"}) == {0: "node"}
+    another = boards.living(board)
+    assert boards.ask(another.placements.remote(), None) == {}
+    assert boards.living(another) is another

@@ -13,6 +13,7 @@ from openmoe.platform.run import journal
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import spec
 from openmoe.platform.train import compile_cache
+from openmoe.platform.train.compile_ahead import Counted
 from openmoe.platform.train.recorder import Recorder
 from openmoe.platform.train.train_step import TrainStep
 
@@ -123,3 +124,14 @@ def test_on_gs_a_second_incarnation_compiles_nothing(used, gcs):
     used(compiles, *settings)
     second = used(compiles, *settings)
     assert second["loaded"] == second["programs"] > 0
+
+
+def test_a_full_disk_on_the_worker_costs_the_cache_and_not_the_run(tmp_path, mount_disk):
+    program = bytes(2_000_000)
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "step-1").write_bytes(hashlib.sha256(program).digest() + program)
+    (local := tmp_path / "local").mkdir()
+    mount_disk(local, "1m")
+    told = Counted()
+    compile_cache.Programs(told).fetch(f"{tmp_path}/programs", local)
+    assert "No space left" in told.newest["compile_cache_failed"]["error"]
