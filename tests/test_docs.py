@@ -13,6 +13,7 @@ from openmoe.platform.run_file import spec
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+RUN_FILES = sorted([*(ROOT / "runs").glob("*.yaml"), *(ROOT / "clusters").glob("*.yaml")])
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -50,9 +51,9 @@ def test_every_page_is_linked_from_the_readme():
 def commands(page: Path) -> list[str]:
     """What follows `openmoe` on a line of its own, or between backticks, up to a comment or a second column."""
     text = page.read_text()
-    blocks = re.findall(r"^    (?:\$ )?openmoe +([a-z][^#\n]*)", text, re.M)
+    blocks = re.findall(r"^(?:    (?:\$ )?|# )openmoe +([a-z][^#\n]*)", text, re.M)
     spans = re.findall(r"`openmoe +([a-z][^`\n]*)`", text)
-    return [re.split(r"  +(?=[a-z]+ )", found)[0].strip() for found in blocks] + spans
+    return [re.split(r"   +", found)[0].strip() for found in blocks] + spans
 
 
 def unknown(words: list[str]) -> str:
@@ -70,7 +71,7 @@ def unknown(words: list[str]) -> str:
     return next((word for word in words if word.startswith("-") and word.partition("=")[0] not in options), "")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+@pytest.mark.parametrize("page", [*PAGES, *RUN_FILES], ids=lambda page: page.name)
 def test_commands_on_a_page_exist_with_their_options(page):
     for line in commands(page):
         assert unknown(shlex.split(line)) == "", line
