@@ -1,6 +1,7 @@
 """The `openmoe` command. Commands import what they need when they run, so that help answers at once."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -173,7 +174,11 @@ def runs(
 
     found = run_dir.list_runs(folder)
     if as_json:
-        print(json.dumps([asdict(run) for run in found], indent=2))
+        losses = (
+            run.loss if run.loss is not None and math.isfinite(run.loss) else None for run in found
+        )  # JSON: no NaN
+        rows = [asdict(run) | {"loss": loss} for run, loss in zip(found, losses, strict=True)]
+        print(json.dumps(rows, indent=2, allow_nan=False))
         return
     if not found:
         print(f"no runs in {folder}; `openmoe quickstart` starts one")

@@ -35,7 +35,8 @@ def submit(
         str | None,
         typer.Option(
             metavar="CLUSTER",
-            help="A cluster that is up, by name or file, or the http:// address of a Ray dashboard.",
+            help="A cluster that is up, by name or file, or the http:// address of a Ray dashboard; default: the one "
+            "that is up here.",
         ),
     ] = None,
     as_json: Json = False,

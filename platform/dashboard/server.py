@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import secrets
 import socket
@@ -97,6 +96,6 @@ def host_names(host: str) -> set[str]:
     names = {*gate.LOOPBACK_NAMES, host.lower()}
     if not gate.is_loopback(host):
         names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        if ipaddress.ip_address(host).is_unspecified:
+        if host in ("0.0.0.0", "::"):
             names |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
     return names

@@ -150,6 +150,7 @@ class ScheduleView:
 def figures(run: RunFollower, key: str, now_s: float, *, with_period: bool = False) -> Figures:
     """Returns where a run is at a Unix time."""
     state, reason = _state(run, now_s)
+    finished = run.finished or {}
     view = Figures(
         key=key,
         name=str(run.record.get("name") or run.run.path.rstrip("/").rpartition("/")[2]),
@@ -158,8 +159,8 @@ def figures(run: RunFollower, key: str, now_s: float, *, with_period: bool = Fal
         reason=reason,
         steps=_steps_wanted(run),
         tokens_per_step=run.tokens_per_step,
-        unigram_entropy=(run.finished or {}).get("unigram_entropy"),
-        final_loss=(run.finished or {}).get("loss") if state == "finished" else None,
+        unigram_entropy=_finite(finished.get("unigram_entropy")),
+        final_loss=_finite(finished.get("loss")) if state == "finished" else None,
         updated_s=_last_sign(run),
         created_s=run.record.get("created_s", 0.0),
         incarnations=len(run.claims),
@@ -324,8 +325,8 @@ def sparkline(run: RunFollower) -> list[float | None]:
     return [_finite(round(float(part.mean()), 4)) for part in parts]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def snapshot(

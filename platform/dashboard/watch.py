@@ -93,6 +93,7 @@ class Watch:
         self._listed_at_s = -1e9
         self._lock = asyncio.Lock()
         self._store: JobStore | None = None
+        self.jobs_problem = ""
 
     async def run(self, key: str) -> WatchedRun | None:
         """Returns the run of a key; None if there is none."""
@@ -126,8 +127,7 @@ class Watch:
 
     def jobs(self) -> list[Job]:
         """Returns the controller's jobs, newest first; none where no controller has run."""
-        store = self._open_store()
-        return list(reversed(store.jobs().values())) if store else []
+        return self._of_store(lambda store: list(reversed(store.jobs().values())), [])
 
     def jobs_of(self, path: str) -> list[Job]:
         """Returns the jobs of a run directory, newest first."""
@@ -135,21 +135,32 @@ class Watch:
 
     def story_of_jobs(self, jobs: Iterable[Job]) -> list[Sentence]:
         """Returns what the controller has to tell about some jobs."""
-        store = self._open_store()
-        return [s for job in jobs if store for s in story.of_job(event for _, event in store.events(job.id))]
+        ids = [job.id for job in jobs]
+        events = self._of_store(lambda store: [[event for _, event in store.events(job_id)] for job_id in ids], [])
+        return [sentence for of_job in events for sentence in story.of_job(of_job)]
 
     def version(self) -> int:
         """Returns a number that grows with every change of any job."""
-        store = self._open_store()
-        return store.version() if store else 0
+        return self._of_store(lambda store: store.version(), 0)
 
-    def _open_store(self) -> JobStore | None:
+    def _of_store(self, read: Callable[[JobStore], T], without: T) -> T:
+        """Returns what the controller's database says; `without` if there is none, or it cannot be read, and then why.
+
+        Runs are shown all the same.
+        """
         path = self._home / "controller.db"
-        if self._store is None and path.exists():
-            from openmoe.platform.jobs.job_store import JobStore
+        if not path.exists():
+            return without
+        from openmoe.platform.jobs.job_events import JobError
+        from openmoe.platform.jobs.job_store import JobStore
 
-            self._store = JobStore(path)
-        return self._store
+        try:
+            self._store = self._store or JobStore(path)
+            found, self.jobs_problem = read(self._store), ""
+        except JobError as error:
+            self.jobs_problem = str(error)
+            return without
+        return found
 
     async def overview(self) -> dict[str, Any]:
         """Returns all that the first page shows."""
@@ -165,13 +176,15 @@ class Watch:
 
     def _wanted(self, now_s: float) -> dict[str, Any]:
         """What is asked for, and where it may run."""
-        store = self._open_store()
+        jobs = self.jobs()
+        schedules = self._of_store(lambda store: list(store.schedules().values()), [])
         return {
             "folders": self.folders,
             "unlisted": self.unlisted,
-            "controller": store is not None,
-            "jobs": [asdict(self.job_view(job)) for job in self.jobs()],
-            "schedules": [asdict(_schedule(each, now_s)) for each in store.schedules().values()] if store else [],
+            "controller": (self._home / "controller.db").exists(),
+            "jobs_problem": self.jobs_problem,
+            "jobs": [asdict(self.job_view(job)) for job in jobs],
+            "schedules": [asdict(_schedule(each, now_s)) for each in schedules],
             "clusters": _clusters(self._home / "clusters"),
         }
 

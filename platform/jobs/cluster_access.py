@@ -63,10 +63,7 @@ def only_cluster(home: Path) -> str:
 def check_known(cluster: str, home: Path) -> None:
     """Raises JobError for the name of a cluster that was never started here: nothing could be submitted to it."""
     if not is_address(cluster) and not (home / "clusters" / cluster / "cluster.json").exists():
-        raise JobError(
-            f"cluster: {cluster} was not started on this machine; `openmoe cluster up` starts one of provider twin or "
-            "local, any other is given by the address of its Ray dashboard: --cluster http://HOST:8265"
-        )
+        raise JobError(f"cluster: {cluster} was not started on this machine; `openmoe cluster up FILE` starts it")
 
 
 def capacity(cluster: str, jobs: Iterable[Job], home: Path) -> int:

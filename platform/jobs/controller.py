@@ -100,7 +100,8 @@ class _Link:
     def fails(self, why: Exception, now_s: float) -> None:
         """Remembers since when nobody answers, and the newest reason; a long silence is asked less often."""
         self.ray, self.why = None, str(why)
-        self.silent_since_s = now_s if self.silent_since_s is None else self.silent_since_s
+        if self.silent_since_s is None or now_s < self.silent_since_s:  # the latter when the clock was set back
+            self.silent_since_s = now_s
         self.ask_s = now_s + min((now_s - self.silent_since_s) / 10, LONGEST_REST_S)
 
     def is_lost(self, now_s: float) -> bool:
@@ -178,7 +179,7 @@ class Controller:
 
     def _reach(self, cluster: str, link: _Link, now_s: float) -> None:
         """Connects to a cluster that was silent, or is elsewhere now."""
-        if link.ray is None and now_s < link.ask_s:
+        if link.ray is None and 0 < link.ask_s - now_s <= LONGEST_REST_S:
             return
         try:
             access = cluster_access.access(cluster, self._home)
@@ -204,7 +205,7 @@ class Controller:
     def _admit(self, now_s: float) -> None:
         """Starts attempts of queued jobs where a cluster answers, has been looked at for strays, and has room."""
         jobs = self._jobs()
-        due = [job for job in jobs if job.state == "queued" and job.not_before_s <= now_s]
+        due = [job for job in jobs if job.state == "queued" and not job_module.pauses_s(job, now_s)]
         room: dict[str, int] = {}
         for cluster, link in self._links.items():
             if link.ray is not None and link.look_s > 0.0 and any(job.cluster == cluster for job in due):
@@ -233,7 +234,7 @@ class Controller:
             return
         if job.cluster_lost:
             job = self._apply(job_events.ClusterFound(job_id=job.id, time_s=now_s))
-        if job.not_before_s <= now_s:
+        if not job_module.pauses_s(job, now_s):
             for action in job_module.pending(job):
                 self._perform(action, link.ray, now_s)
         self._look(self._store.job(job.id), link.ray, now_s)

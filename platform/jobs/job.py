@@ -181,7 +181,7 @@ def pending(job: Job) -> list[Action]:
 
 def needs_cluster(job: Job, now_s: float) -> bool:
     """Returns whether its cluster has to be asked: whether it answers, and what lives there."""
-    return job.state in ACTIVE or job.abandoned or (job.state == "queued" and job.not_before_s <= now_s)
+    return job.state in ACTIVE or job.abandoned or (job.state == "queued" and not pauses_s(job, now_s))
 
 
 def strays(jobs: Mapping[str, Job], cluster: str, alive: Mapping[str, RayStatus], time_s: float) -> list[RaySaw]:
@@ -202,6 +202,11 @@ def strays(jobs: Mapping[str, Job], cluster: str, alive: Mapping[str, RayStatus]
         if job.state not in ACTIVE or submission_id != job.submission_id:
             found.append(RaySaw(job_id=job_id, time_s=time_s, submission_id=submission_id, status=status))
     return found
+
+
+def pauses_s(job: Job, now_s: float) -> float:
+    """Returns how long a job still pauses; 0 too when the clock has been set back to before the pause began."""
+    return max(job.not_before_s - now_s, 0.0) if now_s >= job.changed_s else 0.0
 
 
 def pause_s(setbacks: int) -> float:

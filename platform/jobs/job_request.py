@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from openmoe.platform.commands import cli_cluster
 from openmoe.platform.jobs import cluster_file, cluster_fit
-from openmoe.platform.jobs.job_events import JobRequest
+from openmoe.platform.jobs.job_events import JobError, JobRequest
 from openmoe.platform.run_file import spec, spec_paths
 
 
@@ -21,16 +22,33 @@ def resolve(run: str, overrides: Sequence[str], cluster: str) -> JobRequest:
 
     Raises:
       SpecError: a file cannot be used, or the run does not fit the cluster.
+      JobError: the cluster is a cloud's and not given by its address, or that is none.
     """
     loaded = spec_paths.with_absolute_paths(spec.load(run, overrides))
     is_address = cluster.startswith(("http://", "https://"))
     there = None if is_address else cli_cluster.spec_of(cluster)
+    if there is not None and there.provider not in ("twin", "local"):
+        raise JobError(
+            f"cluster: {there.name} is of provider {there.provider}, which nothing here starts or finds; "
+            "give the address of its Ray dashboard: --cluster http://HOST:8265"
+        )
     return JobRequest(
         name=loaded.name,
         run_dir=loaded.run_dir,
         run_file=spec.dump(loaded),
-        cluster=cluster if there is None else there.name,
+        cluster=_address(cluster) if there is None else there.name,
         cluster_file="" if there is None else cluster_file.dump(there),
         slots=1 if there is None else cluster_fit.slots(loaded, there),
         budgets=loaded.budgets.model_dump(),
     )
+
+
+def _address(cluster: str) -> str:
+    """Returns the address of a dashboard as it is always written: jobs of one cluster share its room."""
+    try:
+        is_whole = bool(urlsplit(cluster).hostname) and urlsplit(cluster).port != 0
+    except ValueError:  # brackets without an end, or a port that is none
+        is_whole = False
+    if not is_whole:
+        raise JobError(f"cluster: {cluster} is no address of a Ray dashboard, such as http://HOST:8265")
+    return cluster.rstrip("/")

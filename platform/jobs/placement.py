@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from openmoe.platform.jobs.job import ACTIVE, Job
+from openmoe.platform.jobs.job import ACTIVE, Job, pauses_s
 from openmoe.platform.jobs.job_events import Admitted
 
 
@@ -51,8 +51,8 @@ def place(jobs: Iterable[Job], capacity: Mapping[str, int], now_s: float) -> Pla
             continue
         if _run_of(job) in at_work:
             waiting[job.id] = f"{at_work[_run_of(job)]} is at work in the same run directory"
-        elif job.not_before_s > now_s:
-            waiting[job.id] = f"pauses for {job.not_before_s - now_s:.0f} s"
+        elif left_s := pauses_s(job, now_s):
+            waiting[job.id] = f"pauses for {left_s:.0f} s"
         elif job.cluster not in capacity:
             waiting[job.id] = f"cluster {job.cluster} does not answer"
         elif job.cluster in first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from openmoe.clusters import twin, twin_state
+from openmoe.clusters import processes, twin, twin_state
 from openmoe.clusters.spec import ClusterSpec
 from openmoe.platform.commands import cli_cluster
 from openmoe.platform.jobs import controller, controller_lock
@@ -46,7 +47,7 @@ def run(cluster: str, home: Path, say: Say, *, dashboard_port: int | None) -> in
             _end(state_dir, say)
             return 1
         try:
-            with _dashboard(dashboard_port) if dashboard_port is not None else contextlib.nullcontext():
+            with dashboard(home, dashboard_port) if dashboard_port is not None else contextlib.nullcontext():
                 say(_what_next(spec))
                 at_work = controller.serve(home, say)
                 go_on = f"; at the next `openmoe up` these go on: {', '.join(at_work)}" if at_work else ""
@@ -106,10 +107,15 @@ def _interrupted_by_signals() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _dashboard(port: int) -> Generator[subprocess.Popen[Any]]:
-    """Serves the dashboard in a process of its own, which prints its address; Ctrl-C reaches it by itself."""
+def dashboard(home: Path, port: int) -> Generator[subprocess.Popen[Any]]:
+    """Serves the dashboard in a process of its own, which prints its address; Ctrl-C reaches it by itself.
+
+    One that an `openmoe up` of this home has left behind, because it was killed, ends first: it has the port.
+    """
+    mark = f"dashboard/{home}"
+    processes.kill(mark.__eq__)
     command = [sys.executable, "-m", "openmoe.platform", "dashboard", "--port", str(port)]
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, env={**os.environ, processes.MARK: mark}) as process:
         try:
             yield process
         finally:

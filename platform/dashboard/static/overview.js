@@ -45,6 +45,8 @@ function runs() {
 function jobs() {
   if (!page.controller)
     return section("What is asked for?", "", el("p", { class: "empty" }, "No controller has run on this machine. ", code("openmoe up"), " starts a cluster and a controller; ", code("openmoe submit RUN.yaml"), " asks it for a run."));
+  if (page.jobs_problem)
+    return section("What is asked for?", "", el("p", { class: "problem" }, page.jobs_problem));
   if (!page.jobs.length)
     return section("What is asked for?", "", el("p", { class: "empty" }, "No job. ", code("openmoe submit RUN.yaml"), " asks for one."));
   const byKey = new Map(page.runs.map((run) => [run.key, run]));

@@ -1,6 +1,7 @@
 """The `openmoe` command as a user runs it: a process of its own, its output, its exit code."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ import pytest
 import typer
 
 from openmoe.platform.commands import cli
+from openmoe.platform.run.journal import Journal
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import spec
 
@@ -78,6 +80,16 @@ def test_a_model_is_described():
 def test_an_empty_folder_has_no_runs(tmp_path):
     assert json.loads(openmoe("runs", str(tmp_path), "--json").stdout) == []
     assert "no runs in" in openmoe("runs", str(tmp_path)).stdout
+
+
+def test_the_json_of_a_run_whose_loss_is_not_finite_is_json(tmp_path):
+    run = RunDir(str(tmp_path / "bad"))
+    run.create(spec.load("quickstart"))
+    metrics = Journal(run.at("metrics"), incarnation=run.claim().incarnation, process=0)
+    metrics.append({"step": 1, "time_s": 5.0, "loss": math.nan})
+    metrics.flush()
+    [row] = json.loads(openmoe("runs", str(tmp_path), "--json").stdout, parse_constant=pytest.fail)
+    assert (row["step"], row["loss"]) == (1, None)
 
 
 # file: what standard error says, whole, after "<file>:"

@@ -121,10 +121,19 @@ def test_what_cannot_be_done_is_said_in_one_line(openmoe, tmp_path):
     assert bad == "override: train.stepz: unknown key; did you mean `steps`?\n"
     assert openmoe("jobs", "list", "--json") == "[]\n"
     assert openmoe("submit", "quickstart", "--cluster", "local", code=2) == (
-        "cluster: local was not started on this machine; `openmoe cluster up` starts one of provider twin or local, "
-        "any other is given by the address of its Ray dashboard: --cluster http://HOST:8265\n"
+        "cluster: local was not started on this machine; `openmoe cluster up FILE` starts it\n"
     )
-    job_id = json.loads(openmoe("submit", "quickstart", "--cluster", NOWHERE, "--json"))["id"]
+    assert openmoe("submit", "quickstart", "--cluster", "gcp-tpu-v4-128-spot", code=2) == (
+        "cluster: v4-128-spot is of provider gcp, which nothing here starts or finds; "
+        "give the address of its Ray dashboard: --cluster http://HOST:8265\n"
+    )
+    for address in ("http://", "http://[::1", "http://head:80000", "https://head:ray"):
+        assert openmoe("submit", "quickstart", "--cluster", address, code=2) == (
+            f"cluster: {address} is no address of a Ray dashboard, such as http://HOST:8265\n"
+        )
+    job = json.loads(openmoe("submit", "quickstart", "--cluster", f"{NOWHERE}/", "--json"))
+    assert job["cluster"] == NOWHERE
+    job_id = job["id"]
     again = openmoe("submit", "quickstart", "--cluster", NOWHERE, code=2)
     assert again == (
         f"run_dir: {tmp_path}/openmoe-runs/quickstart belongs to job {job_id}, which is queued; "

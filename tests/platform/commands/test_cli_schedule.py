@@ -170,6 +170,7 @@ def test_each_change_prints_the_schedule_as_json(home):
         (["add", "quickstart", "--cron", "0 20 * * *", "--timezone", "Berlin"], ScheduleError, "did you mean `Europe"),
         (["add", "quickstart", *NIGHTLY, "--window", "10"], ScheduleError, "window: expected a duration such as 10h"),
         (["add", "quickstart", *NIGHTLY, "--name", "a b"], ScheduleError, "name 'a b': letters, digits, . _ -"),
+        (["add", "quickstart", *NIGHTLY, "--cluster", "gcp-tpu-v4-128-spot"], JobError, "is of provider gcp, which"),
         (["remove", "nightly"], ScheduleError, "schedule 'nightly': there is none of this name; there are none yet"),
         (["run-now", "nightly"], ScheduleError, "schedule 'nightly': there is none of this name"),
         (["pause", "nightly"], ScheduleError, "schedule 'nightly': there is none of this name"),

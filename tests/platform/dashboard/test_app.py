@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 import time
@@ -123,6 +124,29 @@ def test_no_path_leads_out_of_the_static_files_or_to_a_run(ask, written, path):
         assert "root:" not in answer.text
     for name in (run.dir.path, "a", run.dir.path.replace("/", "%2f")):
         assert ask(f"/api/runs/{name}", **BEARER).status_code == 404
+
+
+def test_runs_are_shown_without_the_jobs_when_the_database_of_jobs_cannot_be_read(ask, written, tmp_path):
+    run = written().with_two_interruptions()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "controller.db").write_text("no database")
+    overview = ask("/api/overview", **BEARER).json()
+    assert [row["step"] for row in overview["runs"]] == [60]
+    assert overview["jobs_problem"] == (
+        f"{tmp_path}/home/controller.db: the database of jobs cannot be used: file is not a database"
+    )
+    assert ask(f"/api/runs/{key_of(run.dir.path)}", **BEARER).json()["jobs"] == []
+
+
+def test_a_run_that_ended_without_a_finite_loss_is_shown_beside_the_others(ask, written):
+    for name in ("a", "b"):
+        run = written(name)
+        run.claim()
+        run.train(3)
+    run.finish(loss=math.nan, unigram_entropy=math.inf)
+    rows = {row["state"]: row for row in ask("/api/overview", **BEARER).json()["runs"]}
+    assert (rows["finished"]["final_loss"], rows["finished"]["unigram_entropy"]) == (None, None)
+    assert ask(f"/api/runs/{key_of(run.dir.path)}", **BEARER).json()["figures"]["final_loss"] is None
 
 
 def test_runs_are_listed_and_each_has_its_snapshot(ask, written):

@@ -128,6 +128,11 @@ def test_without_a_token_it_listens_on_this_machine_only():
     assert result.stderr == "--no-token: only on this machine, and --host is 0.0.0.0; leave one of them out\n"
 
 
+def test_it_may_be_asked_for_by_the_name_that_it_was_told_to_listen_on():
+    assert {"trainer.lan", "localhost"} <= server.host_names("Trainer.LAN")
+    assert {"0.0.0.0", socket.gethostname().lower()} <= server.host_names("0.0.0.0")
+
+
 def test_an_address_that_is_not_of_this_machine_is_named():
     with pytest.raises(server.DashboardError, match=r"--host: 192\.0\.2\.77 is no address of this machine"):
         server.listen("192.0.2.77", 0)

@@ -232,6 +232,19 @@ def test_a_cluster_is_lost_after_ten_seconds_of_silence_and_found_with_the_run_g
     ]
 
 
+def test_a_cluster_that_is_silent_while_the_clock_is_set_back_is_asked_on_lost_and_found_as_ever(running):
+    running.head.silent = True
+    running.tick()
+    running.tick(after_s=-3600)
+    running.tick(after_s=10)
+    assert not running.job().cluster_lost
+    running.tick()
+    assert running.job().cluster_lost
+    running.head.silent = False
+    running.tick(after_s=5)
+    assert not running.job().cluster_lost
+
+
 def test_two_short_silences_are_no_loss(running):
     for _ in range(2):
         running.head.silent = True

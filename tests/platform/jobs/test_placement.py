@@ -50,6 +50,8 @@ def job(name, state="queued", *, slots=1, cluster="tpu", run_dir=None, at=0.0, *
             ["p"],
             {"a": "needs 1 of tpu, 0 free"},
         ),
+        # The clock was ahead when the pause began, and has been set back.
+        ([replace(job("p", at=1, not_before_s=5005.0), changed_s=5000.0)], {"tpu": 1}, ["p"], {}),
         # One job at a time in a run directory, on whatever cluster; the one that waits for it blocks nobody.
         (
             [
