@@ -212,6 +212,7 @@ def impossible(given: Mapping[str, Any]) -> list[ClusterProblem]:
         *_missing(provider, given),
         *_impossible_slice(provider, given.get("accelerator"), given.get("topology")),
         *_impossible_head(provider, given.get("head")),
+        *_foreign_account(provider, given.get("service_account")),
     ]
 
 
@@ -251,3 +252,13 @@ def _impossible_head(provider: str, head: object) -> Iterator[ClusterProblem]:
         sizes = ", ".join(map(str, _N2_STANDARD_CPUS))
         message = f"no n2-standard machine has {cpus} CPUs; write one of {sizes}, or give head.machine_type too"
         yield ClusterProblem("head.cpus", message)
+
+
+def _foreign_account(provider: str, account: object) -> Iterator[ClusterProblem]:
+    """An account of Google Cloud where Kubernetes is asked, which makes no pod for it, or the other way round."""
+    if not isinstance(account, str) or provider not in ("gcp", "kuberay") or ("@" in account) == (provider == "gcp"):
+        return
+    wanted = "its e-mail address, such as openmoe@my-project-123.iam.gserviceaccount.com"
+    if provider == "kuberay":
+        wanted = "the name of one in the namespace, such as openmoe"
+    yield ClusterProblem("service_account", f"{account} is no account of provider {provider}; write {wanted}")

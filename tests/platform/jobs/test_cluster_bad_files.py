@@ -138,6 +138,12 @@ BAD_GCP = {
         "n2-standard-16",
         "10: head: expected a mapping, got 'n2-standard-16'; indent its keys below it",
     ),
+    "account of Kubernetes": (
+        "spot: true",
+        "service_account: openmoe",
+        "8: service_account: openmoe is no account of provider gcp; write its e-mail address, such as "
+        "openmoe@my-project-123.iam.gserviceaccount.com",
+    ),
     "setup as one text": ("spot: true", "setup: echo", "8: setup: expected a list, got 'echo'; write [echo]"),
     "image": (
         "spot: true",
@@ -181,6 +187,11 @@ BAD_OTHERS = {
         KUBERAY.replace(":0.1.0", ""),
         r"5: image: must match ^[a-z0-9][\w./-]*[:@][\w.:-]+$, got 'example/openmoe'; "
         "such as us-docker.pkg.dev/my-project/openmoe/openmoe:0.1.0",
+    ),
+    "account of Google Cloud": (
+        KUBERAY + "service_account: openmoe@my-project-123.iam.gserviceaccount.com\n",
+        "8: service_account: openmoe@my-project-123.iam.gserviceaccount.com is no account of provider kuberay; "
+        "write the name of one in the namespace, such as openmoe",
     ),
     "impossible 2D slice": (
         KUBERAY.replace("4x4", "2x8"),
