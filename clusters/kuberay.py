@@ -105,7 +105,7 @@ def notes(spec: ClusterSpec, versions: Versions, file: str, run_name: str | None
         "",
         "What happens to a preempted slice: GKE takes back all nodes of its pool at once, KubeRay replaces the pods of",
         "the whole slice, and they wait until GKE has capacity. OpenMoE goes on from the newest checkpoint then. Pods",
-        "get SIGTERM at most 15 s before, on which Ray drains its node; that is the only notice.",
+        "get SIGTERM 15 s before, if at all, on which Ray drains its node; that is the only notice.",
     ]
 
 
@@ -186,6 +186,8 @@ _NOT_ON_SPOT = {
 }
 
 
+# What Ray announces when a pod gets SIGTERM; else 30 s, of which GKE gives the first 15 to pods, the rest to its own.
+_NOTICE = [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "14"}]
 # Where libtpu finds its node's control service; in all of KubeRay's samples for v6e, in none for the others.
 _V6E_CONTROL = [
     {"name": "NODE_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}},
@@ -198,6 +200,7 @@ def _host_pod(spec: ClusterSpec) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "ray-worker",
         "image": spec.image,
+        "env": _NOTICE + (_V6E_CONTROL if spec.accelerator == "v6e" else []),
         # No limits but the chips: the pod is alone on its node and may use all of it.
         "resources": {"requests": {"cpu": str(spec.host_cpus), "memory": _HOST_MEMORY, **chips}, "limits": chips},
         "ports": [{"name": "metrics", "containerPort": 8080}, {"name": "mxla", "containerPort": 8081}],
@@ -207,8 +210,6 @@ def _host_pod(spec: ClusterSpec) -> dict[str, Any]:
         f"{_GKE}/gke-tpu-topology": str(spec.topology),
     }
     pod: dict[str, Any] = {**_identity(spec), "nodeSelector": selector, "containers": [container]}
-    if spec.accelerator == "v6e":
-        container["env"] = _V6E_CONTROL
     if spec.spot:
         selector[f"{_GKE}/gke-spot"] = "true"
         pod["tolerations"] = [{"key": f"{_GKE}/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}]

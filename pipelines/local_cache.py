@@ -30,8 +30,8 @@ TRIES = 3  # a disk that damages what was just written will do it again
 
 
 def default_folder() -> str:
-    """Returns the folder of this host that all its processes share."""
-    return str(Path(tempfile.gettempdir()) / "openmoe-shards")
+    """Returns the folder of this host that all processes of this user share; others have theirs."""
+    return str(Path(tempfile.gettempdir()) / f"openmoe-shards-{os.getuid()}")
 
 
 def hold(path: str, folder: str, *, sha256: str, max_bytes: int, render: Callable[[], bytes] | None = None) -> BinaryIO:
@@ -95,7 +95,7 @@ def _check(path: str, content: bytes, sha256: str) -> None:
 def _one_download(folder: Path, sha256: str) -> Generator[None]:
     """Lets one process at a time download a shard: the others find it afterwards."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (folder / f".lock-{sha256[0]}").open("wb")
     except OSError as error:
         raise StorageError(f"{folder}: cannot keep shards: {error.strerror}; make it writable") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from ray._private import ray_constants
 
 from openmoe.clusters import kuberay
 from openmoe.clusters.spec import ClusterSpec
@@ -183,6 +184,17 @@ def test_the_head_gives_up_a_host_that_froze_after_4_answers_of_5_s():
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "4",
     }
+
+
+@pytest.mark.parametrize("accelerator", ["v5e", "v6e"])
+def test_a_host_announces_no_more_time_than_gke_gives_its_pods(accelerator):
+    pod = kuberay.render(spec_with(accelerator=accelerator), VERSIONS)["spec"]["workerGroupSpecs"][0]["template"][
+        "spec"
+    ]
+    given = {each["name"]: each.get("value") for each in pod["containers"][0]["env"]}
+    assert given["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "14"
+    assert ("VBAR_CONTROL_SERVICE_URL" in given) == (accelerator == "v6e")
+    assert ray_constants.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S == 30  # of this Ray, which has such a setting
 
 
 def test_slices_on_demand_ask_for_no_spot_node():

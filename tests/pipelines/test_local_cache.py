@@ -1,6 +1,7 @@
 import hashlib
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -76,6 +77,13 @@ def test_a_local_shard_is_checked_where_it_is(tmp_path, folder):
     path.write_bytes(b"torn")
     with pytest.raises(StorageError, match="shard: damaged or replaced"):
         hold(shard, folder)
+
+
+def test_users_of_one_machine_keep_their_shards_apart_and_to_themselves(folder):
+    shard = "rows/00000.array_record", hashlib.sha256(b"rows").hexdigest()
+    local_cache.hold(shard[0], str(folder), sha256=shard[1], max_bytes=SIZE, render=lambda: b"rows").close()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert local_cache.default_folder().endswith(f"/openmoe-shards-{os.getuid()}")
 
 
 def test_what_was_used_least_recently_goes_first_when_it_is_too_much(remote, folder):
