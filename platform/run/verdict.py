@@ -166,8 +166,9 @@ def diagnose(evidence: Evidence) -> Verdict:
             break
         if cause in ("host_fault", "unknown") and kind != "no_storage" and (lost := _lost(evidence)):
             return Verdict(cause="lost_slice", reason=lost, evidence=said)
-        # What Ray says of a machine's death is no trace of the code: it may come twice without meaning anything.
-        trace = "" if cause == "host_fault" else failures[0].text
+        # What Ray says of a machine's death is no trace of the code: it may come twice without meaning anything. Nor is
+        # it a fault of the code that the run was started a second time.
+        trace = "" if cause in ("host_fault", "superseded") else failures[0].text
         return Verdict(cause=cause, reason=_reason(kind, failures, evidence), trace=trace, evidence=said)
     if _eviction_explains(evidence):
         return Verdict(cause="preemption", reason=_eviction(evidence), evidence=said)
@@ -236,7 +237,7 @@ def _reason(kind: FailureKind, failures: Sequence[Failure], evidence: Evidence) 
     ranks = ", ".join(str(f.rank) for f in failures)
     last_line = _last_line(failures[0])
     return {
-        "superseded": "another driver has claimed this run directory",
+        "superseded": "another driver has claimed this run directory: the run was started a second time",
         "bad_input": f"the input is wrong: {last_line}",
         "damaged_checkpoint": f"the checkpoint cannot be trusted: {last_line}",
         "bad_numbers": f"the loss is not finite, or has leapt up: {last_line}",

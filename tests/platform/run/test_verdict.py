@@ -85,6 +85,14 @@ def test_a_verdict_says_what_an_error_of_ours_says_and_not_what_it_is_called():
     assert verdict.evidence == ("rank 0: damaged checkpoint: acceptance 6: is gone",)
 
 
+def test_a_run_that_was_started_twice_ends_the_first_with_a_sentence_and_no_trace():
+    verdict = diagnose(
+        Evidence(failures=(failure("superseded", 0, "Traceback ...\nSuperseded: incarnation 1 is old"),))
+    )
+    assert verdict.reason == "another driver has claimed this run directory: the run was started a second time"
+    assert verdict.trace == ""
+
+
 def test_a_process_that_died_beside_a_preemption_is_a_host_fault():
     evidence = Evidence(preempted_ranks=(1,), failures=(failure("process_died", 0),))
     assert diagnose(evidence).cause == "host_fault"
