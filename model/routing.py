@@ -115,8 +115,9 @@ def choices_per_expert(expert_index: Array, num_experts: int) -> Array:
 
 
 class RouterStatistics(NamedTuple):
-    """What the losses and metrics need to know of one group; groups are equal, so their mean is the batch's."""
+    """What the losses and metrics need to know of one group, or of many (`mean_over_groups`)."""
 
+    asking: Array  # float32[], tokens that ask
     aux_loss: Array  # float32[], K at perfect balance
     router_z_loss: Array  # float32[]
     load: Array  # float32[E], share of the choices that ask for each expert
@@ -145,6 +146,7 @@ def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routin
     served = jnp.sum(jnp.any(routing.kept, axis=-1), dtype=jnp.float32)
     places = routing.choice.size or tokens * top_k
     return RouterStatistics(
+        asking=jnp.float32(num_tokens) if asking is None else jnp.sum(asking),
         aux_loss=losses.load_balancing_loss(scores, asked / tokens, asking),
         router_z_loss=losses.router_z_loss(logits, asking),
         load=asked / (tokens * top_k),
@@ -154,6 +156,27 @@ def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routin
         usage=kept / places,
         entropy=jnp.sum(entropies(scores) if asking is None else entropies(scores) * asking) / tokens,
     )
+
+
+def mean_over_groups(groups: RouterStatistics, config: ModelConfig) -> RouterStatistics:
+    """Returns the statistics of many groups together, or of parts of a batch.
+
+    Where padding does not ask, they count by the tokens that do: one of nothing but padding counts for nothing.
+
+    Args:
+      groups: theirs, along a leading axis.
+      config: of the model.
+
+    Returns:
+      Means over that axis; of `asking` the sum.
+    """
+    asking = jnp.sum(groups.asking)
+    if config.route_padding:
+        means = jax.tree.map(lambda values: values.mean(axis=0), groups)
+    else:
+        shares = groups.asking / jnp.maximum(asking, 1)
+        means = jax.tree.map(lambda values: jnp.tensordot(shares, values, axes=1), groups)
+    return means._replace(asking=asking)
 
 
 def entropies(scores: Array) -> Array:

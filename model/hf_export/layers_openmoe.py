@@ -209,19 +209,15 @@ class OpenMoeSparseMLP(nn.Module):
 def load_balancing_loss(routed):
     """E times the sum over experts of the share of tokens that ask for it and its mean share of scores; K at best.
 
-    Of Routed, a scalar (arXiv:2101.03961, equation 4).
+    Of Routed, a scalar (arXiv:2101.03961, equation 4): the mean over groups, each counting by its tokens that ask.
     """
-    num_experts = routed.logits.shape[-1]
+    num_experts, asks = routed.logits.shape[-1], routed.asks.float()
     asked = F.one_hot(routed.expert_index, num_experts + 1)[..., :-1].sum(2).float()  # [G, S, E]
-    return num_experts * (mean_over_asking(asked, routed) * mean_over_asking(routed.shares, routed)).sum(-1).mean()
+    shares = (asks[..., None] * routed.shares).sum(1) / asks.sum(1, keepdim=True).clamp(min=1)  # [G, E]
+    return num_experts * (asked.sum(1) * shares).sum() / asks.sum().clamp(min=1)
 
 
 def router_z_loss(routed):
     """Mean squared logarithm of the softmax's denominator, a scalar (arXiv:2202.08906, equation 5)."""
-    return mean_over_asking(routed.logits.logsumexp(-1, keepdim=True).square(), routed).mean()
-
-
-def mean_over_asking(values, routed):
-    """Mean of [G, S, n] over the tokens that ask, [G, n]."""
-    asks = routed.asks.float()[..., None]
-    return (asks * values).sum(1) / asks.sum(1).clamp(min=1)
+    asks = routed.asks.float()
+    return (asks * routed.logits.logsumexp(-1).square()).sum() / asks.sum().clamp(min=1)

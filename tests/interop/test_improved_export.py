@@ -10,7 +10,7 @@ import torch
 from flax import linen as nn
 from flax import traverse_util
 
-from openmoe.model import decode, hf_checkpoint, step, transformer
+from openmoe.model import decode, hf_checkpoint, objective, step, transformer
 from openmoe.model.config import DEPARTURES, PRESETS
 from openmoe.model.interop import InMemory
 
@@ -27,7 +27,9 @@ SIZES = {
 }
 SCARCE = {"capacity_factor_train": 0.8, "capacity_factor_eval": 1.0}
 CONFIGS = {
-    "next-nano": replace(PRESETS["openmoe-next-nano"], **SIZES, d_ff_expert=8, top_k=3),
+    "next-nano": replace(
+        PRESETS["openmoe-next-nano"], **SIZES, d_ff_expert=8, top_k=3, aux_loss_weight=1.0, router_z_loss_weight=0.1
+    ),
     "coarse": replace(
         PRESETS["openmoe-nano"],
         **SIZES,
@@ -53,12 +55,13 @@ CONFIGS = {
 
 
 def batch_of(seed=0):
-    """Rows of two packed segments and padding."""
+    """Rows of two packed segments and padding, and one of little else."""
     target_ids = np.random.default_rng(seed).integers(2, 90, (ROWS, SEQ), np.int32)
     segment_ids = np.where(np.arange(SEQ) < BEGIN_2, 1, 2).astype(np.int32) * np.ones((ROWS, SEQ), np.int32)
-    target_ids[:, -PADDING:], segment_ids[:, -PADDING:] = 0, 0
+    for ids in (target_ids, segment_ids):
+        ids[:, -PADDING:], ids[-1, 2:] = 0, 0
     input_ids = np.roll(target_ids, 1, axis=-1)
-    input_ids[:, [0, BEGIN_2, SEQ - PADDING]] = 0
+    input_ids[:, [0, BEGIN_2, SEQ - PADDING]], input_ids[-1, 2] = 0, 0
     return {"input_ids": input_ids, "target_ids": target_ids, "segment_ids": segment_ids}
 
 
@@ -143,12 +146,43 @@ def test_generated_tokens_and_their_logits_are_those_of_jax(config, params, impr
     assert len({*ids[:, 4:].flatten().tolist()}) > 2
 
 
+def test_a_bfloat16_export_is_rounded_where_jax_rounds(config, arrays, load, mesh, tmp_path):
+    """In its weights and in what it computes; XLA keeps more digits here and there, so a mean is what can be held."""
+    half, rounded = (
+        replace(config, dtype="bfloat16"),
+        {name: array.astype("bfloat16") for name, array in arrays.items()},
+    )
+    weights = {name: InMemory(array) for name, array in rounded.items()}
+    model, batch, streams = (
+        load(hf_checkpoint.write(str(tmp_path / "half"), half, weights, dtype="bfloat16")),
+        batch_of(),
+        [],
+    )
+    assert {weight.dtype for weight in model.state_dict().values()} == {torch.bfloat16}
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: streams.append(output[0].dtype))
+    with torch.no_grad():
+        ids, segments = (torch.from_numpy(batch[key]).long() for key in ("input_ids", "segment_ids"))
+        logits = model.eval()(ids, attention_mask=segments).logits
+    assert logits.dtype == torch.float32
+    assert streams == [torch.bfloat16] * (config.moe_every - 1) + [torch.float32] * (3 - config.moe_every)
+    params = traverse_util.unflatten_dict({name: jnp.float32(array) for name, array in rounded.items()}, sep="/")
+    wanted, in_float32 = (
+        jax.jit(lambda params, c=c: transformer.forward(c, mesh, params, batch, train=False).logits)(params)
+        for c in (half, config)
+    )
+    off, usual = (np.median(abs(found - wanted)[batch["segment_ids"] > 0]) for found in (logits.numpy(), in_float32))
+    assert off < 1.5 * usual
+    drawn = model.generate(torch.tensor([[0, 5, 6]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert drawn.shape == (1, 6)
+
+
 @pytest.mark.parametrize("config", ["next-nano", "sigmoid"], indirect=True)
 def test_loss_and_gradients_are_jax_s(config, params, improved, mesh):
     batch = batch_of()
     weights = (batch["target_ids"] > 0).astype(np.float32)
     whole = batch | {"positions": batch["segment_ids"], "loss_weights": weights}
-    gradients, metrics = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch))(
+    gradients, metrics = jax.jit(lambda params, batch: objective.gradients(config, mesh, params, batch))(
         params, {name: jnp.asarray(array)[None] for name, array in whole.items()}
     )
     model = improved().train()

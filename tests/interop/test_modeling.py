@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from openmoe.model import hf_checkpoint, interop, step
+from openmoe.model import hf_checkpoint, interop, objective
 
 BATCH = {"input_ids": "decoder_input_tokens", "attention_mask": "decoder_segment_ids"}
 CASES = [
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_our_own_training_step(load, golden, moe_config, mes
     batch = {ours: jnp.asarray(case[f"batch/decoder_{theirs}"])[None] for ours, theirs in names.items()}
     batch["positions"] = jnp.asarray(case["batch/decoder_positions"])[None]
     batch["loss_weights"] = jnp.asarray(case["batch/decoder_loss_weights"], jnp.float32)[None]
-    _, metrics = jax.jit(lambda params, batch: step.gradients(moe_config, mesh, params, batch))(jax_params, batch)
+    _, metrics = jax.jit(lambda params, batch: objective.gradients(moe_config, mesh, params, batch))(jax_params, batch)
     loss = load().train()(**with_targets(case)).loss.item()
     assert loss == pytest.approx(float(metrics["total_loss"]), rel=1e-6)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from openmoe.model import counts, sharding, step
+from openmoe.model import counts, objective, sharding, step
 from openmoe.model.optimizer_config import AdafactorConfig
 
 KINDS = "all-to-all|all-reduce|all-gather|reduce-scatter|collective-permute|collective-broadcast"
@@ -68,7 +68,7 @@ def gradients_on(config, mesh_of, packed_batch):
         mesh = mesh_of(data, expert)
         layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, AdafactorConfig(), mesh).params)
         batch = jax.device_put(packed_batch(rows=16, seq=32), sharding.batch_sharding(mesh))
-        gradients = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch))
+        gradients = jax.jit(lambda params, batch: objective.gradients(config, mesh, params, batch))
         return jax.device_get(gradients(jax.device_put(params, layout), batch))
 
     return run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from openmoe.model import sharding, stacking, step
+from openmoe.model import objective, sharding, stacking, step
 from openmoe.model.config import PLAIN, PRESETS, ExecutionConfig
 from openmoe.model.optimizer_config import AdafactorConfig
 
@@ -39,7 +39,7 @@ def gradients(config, mesh_of, uneven_batch):
         mesh = mesh_of(data, expert, fsdp, tensor)
         layout = jax.tree.map(lambda leaf: leaf.sharding, step.state_shapes(config, ADAFACTOR, mesh, execution).params)
         params = stacking.stack(config, initial, np.stack) if execution.scan_blocks else initial
-        compute = jax.jit(lambda params, batch: step.gradients(config, mesh, params, batch, execution))
+        compute = jax.jit(lambda params, batch: objective.gradients(config, mesh, params, batch, execution))
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
         grads, metrics = jax.device_get(compute(jax.device_put(params, layout), placed))
         return stacking.unstack(config, grads) if execution.scan_blocks else grads, metrics
@@ -77,7 +77,7 @@ def test_microbatches_cut_into_parts_keep_groups_and_normalisers(gradients):
 
 def test_each_device_cuts_its_own_rows_into_parts(mesh_of):
     rows = np.arange(8).reshape(1, 8, 1)
-    parts = jax.jit(lambda batch: step.in_parts(batch, 2, mesh_of(2, 1)))({"rows": rows})
+    parts = jax.jit(lambda batch: objective.in_parts(batch, 2, mesh_of(2, 1)))({"rows": rows})
     assert np.asarray(parts["rows"])[..., 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from openmoe.model import optimizer, schedule, step, transformer
+from openmoe.model import objective, optimizer, schedule, step, transformer
 from openmoe.model.config import PLAIN, ExecutionConfig
 from openmoe.model.optimizer_config import AdafactorConfig
 
@@ -81,7 +81,7 @@ def moe_c(golden, moe_config, mesh_of, moe_params):
     batch, mesh = batch_of(case), mesh_of(1, 1)
     output = forward(moe_config, mesh, moe_params, batch, train=True)
     microbatches = jax.tree.map(lambda x: x[None], batch)
-    grads, metrics = jax.jit(lambda p, b: step.gradients(moe_config, mesh, p, b))(moe_params, microbatches)
+    grads, metrics = jax.jit(lambda p, b: objective.gradients(moe_config, mesh, p, b))(moe_params, microbatches)
     return case, output, flat(jax.device_get(grads)), jax.device_get(metrics)
 
 
@@ -183,7 +183,7 @@ def test_dense_model_with_its_summed_loss(full_golden, dense_config, mesh_of):
     output = forward(dense_config, mesh, params, batch, train=True)
     np.testing.assert_allclose(output.logits, case["logits"], atol=1e-4)
     microbatches = jax.tree.map(lambda x: x[None], batch)
-    grads, metrics = jax.jit(lambda p, b: step.gradients(dense_config, mesh, p, b))(params, microbatches)
+    grads, metrics = jax.jit(lambda p, b: objective.gradients(dense_config, mesh, p, b))(params, microbatches)
     assert metrics["total_loss"] == pytest.approx(695.06757, rel=1e-6)
     for name, grad in flat(jax.device_get(grads)).items():
         if f"grad/{name}" in case:

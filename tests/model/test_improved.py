@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe.model import counts, layers, moe, routing, sharding, step, transformer
-from openmoe.model.config import PRESETS
+from openmoe.model import counts, layers, moe, objective, routing, sharding, step, transformer
+from openmoe.model.config import PRESETS, ExecutionConfig
 from openmoe.model.layers import GatedWeights, Rows
 from openmoe.model.optimizer_config import AdafactorConfig
 
@@ -73,6 +73,42 @@ def test_a_row_of_nothing_but_padding_has_no_statistics_but_finite_ones(run):
     batch["loss_weights"][0, 2] = 0
     statistics = run(replace(TINY, route_padding=False), batch)[0].moe[0].statistics
     assert all(np.isfinite(leaf).all() for leaf in statistics)
+
+
+@pytest.fixture(scope="module")
+def gradients(mesh_of):
+    """Returns gradients(config, batch, parts=1), with the metrics, of the parameters of seed 0."""
+
+    def of(config, batch, parts=1):
+        mesh, execution = mesh_of(1, 1), ExecutionConfig(accumulation_steps=parts)
+        params = step.init_state(config, AdafactorConfig(), 0, mesh).params
+        compute = jax.jit(lambda params, batch: objective.gradients(config, mesh, params, batch, execution))
+        return jax.device_get(compute(params, batch))
+
+    return of
+
+
+def assert_same(found, wanted):
+    jax.tree.map(lambda x, like: np.testing.assert_allclose(x, like, rtol=1e-4, atol=1e-6), found, wanted)
+
+
+KEPT_OUT = replace(TINY, route_padding=False, router="sigmoid", dropless=True, aux_loss_weight=1.0, group_size=8)
+
+
+def test_groups_of_nothing_but_padding_count_neither_in_losses_nor_in_metrics(gradients):
+    batch = batch_of(KEPT_OUT, padding=9)  # the second half of each row, and one position more
+    batch["input_ids"][..., 7] = 0  # else it is none, and attends to the whole row
+    grads, metrics = gradients(KEPT_OUT, batch)
+    assert_same((grads, metrics), gradients(KEPT_OUT, {key: rows[..., :8] for key, rows in batch.items()}))
+    assert metrics["drop_fraction"] == pytest.approx(0, abs=1e-6)
+    assert metrics["tokens_left_behind"] == pytest.approx(0, abs=1e-6)
+    assert metrics["expert_load"].sum() == pytest.approx(1)
+
+
+def test_parts_with_unequal_padding_have_the_gradients_and_metrics_of_the_whole(gradients):
+    full, half = batch_of(KEPT_OUT, padding=0), batch_of(KEPT_OUT, padding=9)
+    batch = {key: np.concatenate([full[key][:, :1], half[key][:, 1:]], axis=1) for key in full}
+    assert_same(gradients(KEPT_OUT, batch, parts=4), gradients(KEPT_OUT, batch))
 
 
 @pytest.mark.parametrize(("counts_top_k", "train", "eval_"), [(False, 80, 128), (True, 160, 256)])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from openmoe.model import losses, step
+from openmoe.model import losses, objective, step
 from openmoe.model.optimizer_config import AdafactorConfig
 
 ROWS, SEQ, D_MODEL, VOCAB, Z_LOSS_WEIGHT = 8, 6, 5, 24, 0.01
@@ -79,7 +79,7 @@ def test_gradients_of_the_published_vocabulary_hold_one_block_of_logits_and_its_
     names = ("input_ids", "target_ids", "segment_ids", "positions")
     batch = {name: jax.ShapeDtypeStruct((1, 8, 512), jnp.int32) for name in names}
     batch["loss_weights"] = jax.ShapeDtypeStruct((1, 8, 512), jnp.float32)
-    gradients = jax.jit(lambda params, batch: step.gradients(config, mesh_of(1, 1), params, batch))
+    gradients = jax.jit(lambda params, batch: objective.gradients(config, mesh_of(1, 1), params, batch))
     temporary_bytes = gradients.lower(params, batch).compile().memory_analysis().temp_size_in_bytes
     # 1.2e9; logits, their exponentials and derivative at all 4,096 positions at once: 12.7e9.
     assert temporary_bytes < 1.4e9

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from openmoe.model import muon, optimizer, parameters, schedule, stacking, step
+from openmoe.model import muon, objective, optimizer, parameters, schedule, stacking, step
 from openmoe.model.config import PRESETS, ExecutionConfig
 from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig, GroupConfig, MuonConfig, ScheduleConfig
 
@@ -179,7 +179,7 @@ TRAINED = [
 def gradients(config, mesh_of, packed_batch):
     """Returns the initial parameters, and gradients(parameters) on one device, all on the host."""
     mesh, batch = mesh_of(1, 1), packed_batch(8, 32)
-    compute = jax.jit(lambda params: step.gradients(config, mesh, params, batch))
+    compute = jax.jit(lambda params: objective.gradients(config, mesh, params, batch))
     params = jax.device_get(step.init_state(config, AdafactorConfig(), 0, mesh).params)
     return params, lambda params: jax.device_get(compute(params))
 

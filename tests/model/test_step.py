@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from openmoe.model import sharding, step
+from openmoe.model import objective, sharding, step
 from openmoe.model.optimizer_config import AdafactorConfig
 
 MESHES = [(1, 1), (2, 2)]  # more of them, forward and backward, in test_collectives.py and test_execution.py
@@ -86,7 +86,7 @@ def test_tokens_are_exchanged_twice_forward_and_twice_backward_a_layer(one_step_
 def test_gradients_of_microbatches_are_summed_each_with_its_own_normaliser(moe_config, mesh_of, moe_params):
     mesh, batch = mesh_of(1, 1), batch_of(np.random.default_rng(1), microbatches=2)
     batch["loss_weights"][0, :, 3:] = 0
-    gradients = jax.jit(lambda params, batch: step.gradients(moe_config, mesh, params, batch))
+    gradients = jax.jit(lambda params, batch: objective.gradients(moe_config, mesh, params, batch))
     both, metrics = gradients(moe_params, batch)
     alone = [gradients(moe_params, jax.tree.map(lambda x, m=m: x[m : m + 1], batch)) for m in range(2)]
     jax.tree.map(
