@@ -311,12 +311,17 @@ def _explained(path: str, verb: str) -> Generator[None]:
     try:
         yield
     except (OSError, *_remote_failures(path)) as error:
-        if _is_denial(error):
-            kind: type[StorageError] = StorageDenied
-        else:
-            may_pass = isinstance(error, _remote_failures(path)) and _may_pass(error)
-            kind = StorageUnavailable if may_pass else StorageError
-        raise kind(f"{path}: cannot {verb}: {_reason(error)}") from error
+        raise explanation(error, path, verb) from error
+
+
+def explanation(error: BaseException, path: str, verb: str) -> StorageError:
+    """Returns what a failure to `verb` a path says, in one line, by its kind."""
+    if _is_denial(error):
+        kind: type[StorageError] = StorageDenied
+    else:
+        may_pass = isinstance(error, _remote_failures(path)) and _may_pass(error)
+        kind = StorageUnavailable if may_pass else StorageError
+    return kind(f"{path}: cannot {verb}: {_reason(error)}")
 
 
 def _remote_failures(path: str) -> tuple[type[Exception], ...]:
@@ -329,13 +334,13 @@ def _remote_failures(path: str) -> tuple[type[Exception], ...]:
     return gcsfs.retry.HttpError, aiohttp.ClientError, google.auth.exceptions.GoogleAuthError
 
 
-def _is_denial(error: Exception) -> bool:
+def _is_denial(error: BaseException) -> bool:
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return True
     return type(error) is OSError and str(error).startswith("Forbidden: ")  # how gcsfs says status 403
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Returns whether a failure of the network or the service is one of those that pass by themselves."""
     if (retryable := getattr(error, "retryable", None)) is not None:  # of google.auth
         return retryable
@@ -343,7 +348,7 @@ def _may_pass(error: Exception) -> bool:
     return not code.isdigit() or int(code) in (408, 429) or int(code) >= 500
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     match getattr(error, "errno", None):
         case errno.ENOSPC:
             return "the disk is full; free some space or choose another directory"

@@ -98,9 +98,21 @@ def reason_of(error: Exception, path: str) -> str:
     Raises:
       StorageUnavailable, StorageDenied: storage did not answer, so nothing is said about the checkpoint.
     """
+    if refusal := refused(error, path, "be read"):
+        raise refusal from error
     words = interop.origin(error)
-    if isinstance(error, PermissionError) or any(word in words for word in _DENIED):
-        raise storage.StorageDenied(f"{path}: cannot be read: {words}") from error
-    if any(word in words for word in _UNAVAILABLE):
-        raise storage.StorageUnavailable(f"{path}: cannot be read: {words}") from error
     return words if isinstance(error, interop.CheckpointError) else f"cannot be read: {words}"
+
+
+def refused(error: BaseException, path: str, verb: str) -> storage.StorageError | None:
+    """Returns what is to be said of storage that did not answer or may not be used so; None if the error is another."""
+    words, cause = interop.origin(error), error
+    for kind, said in ((storage.StorageDenied, _DENIED), (storage.StorageUnavailable, _UNAVAILABLE)):
+        if any(word in words for word in said):
+            return kind(f"{path}: cannot {verb}: {words}")
+    while cause is not None:  # Orbax wraps what our client of gs:// raises
+        found = storage.explanation(cause, path, verb)
+        if isinstance(found, storage.StorageDenied | storage.StorageUnavailable):
+            return found
+        cause = cause.__cause__
+    return None

@@ -149,7 +149,7 @@ class Saver:
             data_id=self._data_id,
             metrics=self._recorder.newest,
         )
-        with _full_disk_named(self._run.at(acceptance.checkpoint)):
+        with _storage_named(self._run.at(acceptance.checkpoint)):
             self._checkpointer.save(position.step, state, self._facts(acceptance) | {"sums": examined.sums})
         self._saving = (acceptance, start_s)
         stall_s = time.monotonic() - start_s
@@ -185,7 +185,7 @@ class Saver:
                 self._accept(*self._saving)
 
     def _accept(self, acceptance: Acceptance, start_s: float) -> None:
-        with _full_disk_named(self._run.at(acceptance.checkpoint)):
+        with _storage_named(self._run.at(acceptance.checkpoint)):
             self._checkpointer.wait()
         self._saving = None
         if any(claim.incarnation > self._claim.incarnation for claim in self._run.claims()):
@@ -206,18 +206,24 @@ class Saver:
             return  # another has claimed the run: what stays is its affair
         self._stored = {*(self._run.stored_checkpoints() if self._stored is None else self._stored), newest.checkpoint}
         for path in lineage.removable(self._stored, valid, everything, keep, writer=self._claim.incarnation):
-            storage.remove_folder(self._run.at(path))
+            try:
+                storage.remove_folder(self._run.at(path))
+            except storage.StorageUnavailable as error:  # tried again at the next save
+                self._recorder.event("not_removed", checkpoint=path, error=str(error))
+                return
             self._stored.discard(path)
 
 
 @contextlib.contextmanager
-def _full_disk_named(path: str) -> Generator[None]:
-    """Says in one line that the disk is full: Orbax and TensorStore bury it in errors of many kinds."""
+def _storage_named(path: str) -> Generator[None]:
+    """Says in one line that storage is full, silent or closed: Orbax and TensorStore bury it in errors of theirs."""
     try:
         yield
     except Exception as error:
-        if "no space left" not in str(error).lower():
+        if "no space left" in str(error).lower():
+            raise storage.StorageError(
+                f"{path}: cannot be written: the disk is full; free some space, or set fewer train.keep_checkpoints"
+            ) from error
+        if isinstance(error, restore.NOT_DAMAGE) or (refusal := restore.refused(error, path, "be written")) is None:
             raise
-        raise storage.StorageError(
-            f"{path}: cannot be written: the disk is full; free some space, or set fewer train.keep_checkpoints"
-        ) from error
+        raise refusal from error

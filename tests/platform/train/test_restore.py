@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gcsfs.retry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from openmoe.model import checkpoint, sharding, step
+from openmoe.pipelines import storage
 from openmoe.pipelines.storage import StorageDenied, StorageUnavailable
 from openmoe.platform.commands import cli
+from openmoe.platform.run import worker_group
 from openmoe.platform.run.lineage import Claim, Position
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file import spec
@@ -31,6 +34,11 @@ SETTINGS = (
     "cluster.devices_per_worker=1",
 )
 EMBEDDING = "params/token_embedder/embedding"
+
+
+def caused(error, by):
+    error.__cause__ = by
+    return error
 
 
 def mesh_of(**axes):
@@ -172,11 +180,57 @@ def test_whichever_file_is_damaged_the_bits_are_right_or_the_checkpoint_is_refus
         (PermissionError(13, "Permission denied", "2/loader/metadata"), StorageDenied),
         (ValueError("UNAUTHENTICATED: error fetching token"), StorageDenied),
         (ValueError("DEADLINE_EXCEEDED: no answer"), StorageUnavailable),
+        (caused(KeyError("2"), gcsfs.retry.HttpError({"code": 503, "message": "no answer"})), StorageUnavailable),
     ],
 )
 def test_a_checkpoint_that_may_not_be_read_or_cannot_be_now_is_not_taken_for_damaged(error, kind):
-    with pytest.raises(kind, match=r"checkpoints/000001/2: cannot be read: .*(ermission denied|token|no answer)"):
-        restore.reason_of(error, "checkpoints/000001/2")
+    with pytest.raises(kind, match=r"^gs://b/2: cannot be read: .*(ermission denied|token|no answer)"):
+        restore.reason_of(error, "gs://b/2")
+
+
+def test_storage_that_does_not_answer_while_a_checkpoint_is_saved_is_no_fault_of_the_code(made, tmp_path, monkeypatch):
+    loaded, state, _ = made
+    run = RunDir(f"{tmp_path}/run")
+    run.create(loaded)
+
+    def fails(self):
+        raise ValueError("UNAVAILABLE: Error writing local file: CURL error") from None
+
+    with Recorder(run, run.claim(), lambda record: None, row_tokens=128) as recorder:
+        recorder.begin(Position(), "", 0)
+        saver = Saver(loaded, run, Claim(incarnation=1, resumes=0, time_s=0.0), recorder, data_id="rows")
+        saver.save(state, Position(2, 16))
+        saver._checkpointer.wait()
+        monkeypatch.setattr(checkpoint.Checkpointer, "wait", fails)
+        with pytest.raises(StorageUnavailable, match="checkpoints/000001/2: cannot be written: UNAVAILABLE") as raised:
+            saver.wait()
+    assert worker_group.failure_of(0, raised.value).kind == "no_storage"
+    assert run.acceptances() == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_now_goes_with_the_next_one(made, tmp_path, monkeypatch):
+    loaded = made[0].model_copy(update={"train": made[0].train.model_copy(update={"keep_checkpoints": 1})})
+    run = RunDir(f"{tmp_path}/run")
+    run.create(loaded)
+    remove, failures = storage.remove_folder, [StorageUnavailable("gs://b: cannot be removed: 503")]
+    monkeypatch.setattr(storage, "remove_folder", lambda folder: fail(failures) or remove(folder))
+    with Recorder(run, run.claim(), lambda record: None, row_tokens=128) as recorder:
+        recorder.begin(Position(), "", 0)
+        saver = Saver(loaded, run, Claim(incarnation=1, resumes=0, time_s=0.0), recorder, data_id="rows")
+        stored = []
+        for at in (2, 4, 6):
+            saver.save(made[1], Position(at, 8 * at))
+            saver.wait()
+            stored.append(run.stored_checkpoints())
+    first, second, third = (f"checkpoints/000001/{at}" for at in (2, 4, 6))
+    assert stored == [[first], [first, second], [third]]
+    [told] = [event for event in run.events() if event["event"] == "not_removed"]
+    assert (told["checkpoint"], told["error"]) == (first, "gs://b: cannot be removed: 503")
+
+
+def fail(failures):
+    if failures:
+        raise failures.pop()
 
 
 def test_a_wait_for_a_save_on_notice_is_charged_to_it(made, tmp_path):
