@@ -194,7 +194,7 @@ def assemble(
         source, recipe = config.sources[stream.source], _recipe_name(stream.objective, config.packing)
         made_by = [*_recipe(), tokenizer.fingerprint, vocabulary, config.seq_len, recipe, config.seed]
         units = receipts[source.name]
-        identity = [*made_by, config.group_tokens, source.name, [unit["tokens_sha256"] for unit in units]]
+        identity = [*made_by, config.group_tokens, source.name, [unit["documents_sha256"] for unit in units]]
         if splits := [unit["split"]["sha256"] for unit in units if "split" in unit]:
             identity.append({"splits": splits})
         identities.append([*identity, source.weight])  # None with stages, which follow

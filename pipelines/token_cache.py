@@ -29,8 +29,9 @@ from openmoe.pipelines.config import DataError
 from openmoe.pipelines.sources import BadLine, Document, Unit
 from openmoe.pipelines.tokenizer import Tokenizer
 
-# Part of every unit's key: raise it when the same bytes would become other files.
-CLEANING_VERSION = 4
+# Part of every unit's key: raise it when the same bytes would become other files, and the recipe's version too when
+# the same text would become other tokens.
+CLEANING_VERSION = 5
 _BATCH_BYTES = 2**23  # of text, tokenized at a time: in batches of 2**19 SentencePiece takes 4 to 8 % longer
 _ROW_GROUP_TOKENS = 2**18  # about so many, which stay in a CPU's caches: fresh memory costs as much as hashing
 _READ_DOCUMENTS = 1024
@@ -162,7 +163,11 @@ def parse(content: bytes) -> Tokens:
 
 def documents(folder: str, name: str, *, sha256: str) -> Documents:
     """Returns hashes and lengths of the documents of a tokenized unit, whose file must have the receipt's digest."""
-    content = read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256)
+    return parse_documents(read_checked(storage.join(folder, f"{name}.parquet"), sha256=sha256))
+
+
+def parse_documents(content: bytes) -> Documents:
+    """Returns hashes and lengths of the documents of a unit's Parquet file."""
     hashes, tokens = _columns(content, ["hash", "tokens"])
     halves = np.frombuffer(b"".join(hashes.to_pylist()), "<u8").reshape(-1, 2)
     return Documents(halves, np.diff(tokens.offsets.to_numpy()).astype(np.int64))
@@ -187,6 +192,10 @@ class Documents(NamedTuple):
     hashes: np.ndarray  # uint64[documents, 2]
     lengths: np.ndarray  # int64[documents], tokens
 
+    def sha256(self) -> str:
+        """Returns what their receipt says as `documents_sha256`."""
+        return _digest(self.hashes.tobytes(), self.lengths)
+
 
 class _Table:
     """Collects a unit's documents, tokenized in batches, and what was wrong with its lines."""
@@ -194,7 +203,9 @@ class _Table:
     def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
         self._unit = unit
         self._tokenizer = tokenizer
-        self._documents: list[Document] = []  # not tokenized yet
+        # Path, offset, text and answer of documents that are not tokenized yet; in a list of documents Python would
+        # look for garbage again and again, 2 ns a token.
+        self._held: tuple[list[str], list[int], list[bytes], list[bytes | None]] = ([], [], [], [])
         self._held_bytes = self._text_bytes = self._repaired = 0
         self._reasons: collections.Counter[str] = collections.Counter()
         self._samples: list[dict[str, Any]] = []
@@ -205,21 +216,26 @@ class _Table:
         if isinstance(record, BadLine):
             self._reject(record)
             return
-        self._documents.append(record)
+        paths, offsets, texts, answers = self._held
+        paths.append(record.path)
+        offsets.append(record.offset)
+        texts.append(record.utf8)
+        answers.append(record.answer)
         self._repaired += record.repaired
         self._held_bytes += len(record.utf8)
         if self._held_bytes >= _BATCH_BYTES:
             self._encode()
 
     def _encode(self) -> None:
-        documents, self._documents, self._held_bytes = self._documents, [], 0
-        encoded = self._tokenizer.encode([document.utf8 for document in documents])
-        answers = iter(self._tokenizer.encode([d.answer for d in documents if d.answer is not None]))
+        held, self._held, self._held_bytes = self._held, ([], [], [], []), 0
+        _, _, texts, answers = held
+        encoded = self._tokenizer.encode(texts)
+        of_answers = iter(self._tokenizer.encode([answer for answer in answers if answer is not None]))
         files, offsets, hashes, tokens = self._columns.values()
-        for (path, offset, utf8, _, answer), ids in zip(documents, encoded, strict=True):
+        for path, offset, utf8, answer, ids in zip(*held, encoded, strict=True):
             if answer is not None:  # EOS, which no text becomes, lies between
                 utf8 += answer
-                ids = np.concatenate([ids, np.asarray([self._tokenizer.eos_id], np.uint32), next(answers)])
+                ids = np.concatenate([ids, np.asarray([self._tokenizer.eos_id], np.uint32), next(of_answers)])
             if len(ids) < 2:  # nothing is left to predict of a single token
                 self._reject(BadLine(path, offset, "one_token", utf8))
                 continue
@@ -242,14 +258,12 @@ class _Table:
         """Returns the Parquet file, in pieces, and the receipt, which holds nothing but facts about the content."""
         self._encode()
         lengths = np.asarray([len(tokens) for tokens in self._columns["tokens"]], np.int64)
-        digest = hashlib.sha256(lengths.data)
         file = _Pieces()
         with pq.ParquetWriter(file, _SCHEMA, **_ENCODING) as writer:
             _, firsts = np.unique((np.cumsum(lengths) - lengths) // _ROW_GROUP_TOKENS, return_index=True)
             for first, end in itertools.pairwise([*firsts.tolist(), len(lengths)]):
                 rows = slice(first, end)
                 values = np.concatenate(self._columns["tokens"][rows])
-                digest.update(values.data)
                 writer.write_table(self._row_group(rows, values, lengths[rows]))
         return file.pieces, {
             "source": self._unit.source,
@@ -262,7 +276,7 @@ class _Table:
             "bad": dict(sorted(self._reasons.items())),
             "bad_samples": self._samples,
             "repaired": self._repaired,
-            "tokens_sha256": digest.hexdigest(),
+            "documents_sha256": _digest(b"".join(self._columns["hash"]), lengths),
             "sha256": file.digest.hexdigest(),
         }
 
@@ -298,10 +312,13 @@ class _Pieces(io.RawIOBase):
         return len(piece)
 
 
-def digest(documents: Tokens) -> str:
-    """Returns what identifies the tokens of a unit, whatever file they are in."""
-    digest = hashlib.sha256(documents.lengths.data)
-    digest.update(documents.tokens.data)  # without a copy: a unit's tokens are its largest array
+def _digest(hashes: bytes, lengths: np.ndarray) -> str:
+    """Returns what identifies the tokens of documents under one tokenizer, whatever file they are in.
+
+    Tokens follow from the text, and so from its hash: to hash them too would be 3 ns a token.
+    """
+    digest = hashlib.sha256(lengths.data)
+    digest.update(hashes)
     return digest.hexdigest()
 
 

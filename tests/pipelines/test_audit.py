@@ -171,7 +171,8 @@ def test_a_unit_of_other_tokens_is_named_even_if_receipt_and_manifest_were_made_
     assert [each.what for each in audit.audit(manifest).contradictions] == [
         f"holds documents {other['documents']}, its receipt says {ours['documents']}",
         f"holds tokens {other['tokens']}, its receipt says {ours['tokens']}",
-        f'holds tokens_sha256 "{other["tokens_sha256"][:56]}..., its receipt says "{ours["tokens_sha256"][:56]}...',
+        f'holds documents_sha256 "{other["documents_sha256"][:56]}..., '
+        f'its receipt says "{ours["documents_sha256"][:56]}...',
     ]
 
 

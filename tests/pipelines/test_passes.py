@@ -98,7 +98,7 @@ def test_identities_of_builds_without_stages_stay_what_they_always_were():
     )
     plain = DataConfig(tokenizer="builtin:small_8192", seq_len=512, seed=0, sources=of_sources)
     text = tokenizer.load(plain.tokenizer)
-    receipts = {"wiki": [{"tokens_sha256": "11", "tokens": 5}], "code": [{"tokens_sha256": "22", "tokens": 5}]}
+    receipts = {"wiki": [{"documents_sha256": "11", "tokens": 5}], "code": [{"documents_sha256": "22", "tokens": 5}]}
     manifest = manifests.assemble("/d/manifests/x.json", plain, text, receipts)
     assert manifest.data_id == "15cca119115d62b79a8465bee3d9cb21"
     assert [s.passes for s in manifest.streams] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
@@ -116,7 +116,7 @@ def test_identities_of_builds_with_stages_of_ul2_stay_what_they_always_were():
     )
     staged = DataConfig(tokenizer="builtin:small_8192", seq_len=512, seed=0, sources=of_sources, stages=of_stages)
     text = tokenizer.load(staged.tokenizer)
-    receipts = {"wiki": [{"tokens_sha256": "11", "tokens": 5}], "code": [{"tokens_sha256": "22", "tokens": 5}]}
+    receipts = {"wiki": [{"documents_sha256": "11", "tokens": 5}], "code": [{"documents_sha256": "22", "tokens": 5}]}
     manifest = manifests.assemble("/d/manifests/x.json", staged, text, receipts)
     assert manifest.data_id == "62a344f660ae0413be3c8cfe847a8f89"
     assert [s.passes for s in manifest.streams] == ["passes/wiki-c6bd860477373bdf", "passes/code-3b9c0c0adfa885b5"]
@@ -129,7 +129,7 @@ def test_rows_of_a_build_stay_what_they_always_were(corpus, tmp_path):
     pack(manifest, 1, 0)
     loader = Loader(manifest.path)
     records = loader.records(0, loader.num_rows)
-    assert manifest.data_id == "5cfd127235399c5b19e4f1ac58635861"
+    assert manifest.data_id == "4d0f06d02321e992479b1633fc9c6c5e"
     assert (len(records), hashlib.sha256(b"".join(records)).hexdigest()[:16]) == (89, "77e965821b19fe7c")
 
 
@@ -174,7 +174,7 @@ def staged(draw):
 def test_whatever_the_stages_every_row_of_every_pass_is_read_once_before_the_next_pass_begins(stages, rows, seed):
     of_sources = tuple(SourceConfig(name=name, format="redpajama", paths=("x",)) for name in "abc")
     data = DataConfig(tokenizer="builtin:small_8192", seq_len=64, seed=seed, sources=of_sources, stages=stages)
-    receipts = {name: [{"tokens_sha256": name, "tokens": 9}] for name in "abc"}
+    receipts = {name: [{"documents_sha256": name, "tokens": 9}] for name in "abc"}
     with tempfile.TemporaryDirectory() as folder:
         manifest = manifests.assemble(f"{folder}/manifests/x.json", data, tokenizer.load(data.tokenizer), receipts)
         manifests.commit(manifest)

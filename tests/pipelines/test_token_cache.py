@@ -53,6 +53,18 @@ def test_the_file_of_an_earlier_version_is_read_as_it_was(tmp_path):
     assert [lengths.tolist() for lengths in token_cache.lengths(str(tmp_path / "old.parquet"))] == [[2, 3]]
 
 
+def test_documents_have_the_same_identity_in_any_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n{"text": "three four five"}\n')
+    (tmp_path / "b.jsonl").write_text('\n{"text": "one two", "meta": 1}\n\n{"text": "three four five"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "one two"}\n{"text": "three four six"}\n')
+    names = ("a.jsonl", "b.jsonl", "c.jsonl")
+    here, there, other = (tokenized(tmp_path / "tokens", tmp_path / name)[0] for name in names)
+    assert here["sha256"] != there["sha256"]
+    assert here["documents_sha256"] == there["documents_sha256"] != other["documents_sha256"]
+    found = token_cache.documents(str(tmp_path / "tokens"), there["key"], sha256=there["sha256"])
+    assert found.sha256() == here["documents_sha256"]
+
+
 def test_texts_of_one_unit_keep_their_files(tmp_path):
     for name in ("b.txt", "a.txt"):
         (tmp_path / name).write_text(f"words of {name}")

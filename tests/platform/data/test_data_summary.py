@@ -90,7 +90,9 @@ def test_where_there_are_several_objectives_each_stream_has_a_line_and_is_named_
     )
     of_sources = tuple(replace(source, weight=None) for source in CONFIG.sources)
     config = replace(CONFIG, sources=of_sources, stages=of_stages)
-    receipts = {name: [{"tokens_sha256": name, "documents": 5, "bad": {}, "tokens": 90}] for name in ("wiki", "code")}
+    receipts = {
+        name: [{"documents_sha256": name, "documents": 5, "bad": {}, "tokens": 90}] for name in ("wiki", "code")
+    }
     path = f"{tmp_path}/manifests/a.json"
     manifests.commit(manifests.assemble(path, config, Tokenizer(config.tokenizer), receipts))
     [build] = data_summary.builds(config, str(tmp_path))

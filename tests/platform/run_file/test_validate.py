@@ -233,7 +233,7 @@ def built(tmp_path):
     """A run directory whose data has pass 0 of all sources of the quickstart, and pass 1 of the first."""
     loaded = spec.load("quickstart", [f"run_dir={tmp_path}"])
     text = tokenizer.load(loaded.data.tokenizer)
-    receipts = {source.name: [{"tokens": 9, "tokens_sha256": source.name}] for source in loaded.data.sources}
+    receipts = {source.name: [{"tokens": 9, "documents_sha256": source.name}] for source in loaded.data.sources}
     path = manifests.manifest_path(loaded.data_dir, loaded.data, text, [])
     manifest = manifests.assemble(path, loaded.data, text, receipts)
     manifests.commit(manifest)
