@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
@@ -76,7 +77,7 @@ def cpu_s() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def measured(part: str, unit: str, works: dict[str, Callable[[], int]], repeats: int) -> list[Rate]:
+def measured(part: str, unit: str, works: Mapping[str, Callable[[], int]], repeats: int) -> list[Rate]:
     """Lets works take turns; each does the same every time and returns how many units that was. No repeats: once."""
     return measured_by_piece(part, unit, {name: [work] for name, work in works.items()}, repeats)
 
@@ -116,7 +117,7 @@ def beside(rates: list[Rate], yardstick: Rate, label: str) -> list[Rate]:
 
 def write_corpus(folder: str, tokenizer_uri: str, text_bytes: int) -> Corpus:
     stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=text_bytes // 2, max_code_bytes=text_bytes // 2)
-    globs = {
+    globs: dict[str, tuple[Literal["redpajama", "the_stack"], str]] = {
         "wikipedia": ("redpajama", "wikipedia/*.jsonl"),
         "c4": ("redpajama", "c4/*.jsonl"),
         "the_stack": ("the_stack", "the_stack/data/*/*.parquet"),

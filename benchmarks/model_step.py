@@ -209,15 +209,19 @@ def compiled_step(variant: Variant, mesh: jax.sharding.Mesh) -> tuple[Any, Any, 
     batch = jax.device_put(batch_of(variant), sharding.batch_sharding(mesh))
     start_s = time.perf_counter()
     state = step.state_shapes(variant.config, OPTIMIZER, mesh)
+
+    def lowered(train_step: Any) -> Any:
+        return train_step.lower(state, batch)
+
     if variant.kind == "one-hot":
         dispatch = mock.Mock(wraps=one_hot_dispatch)
         with mock.patch.multiple(moe, dispatch=dispatch, combine=one_hot_combine):
             # Not through the cache of steps, whose key does not know of the patch.
             make_step = step.make_train_step.__wrapped__
-            compiled = make_step(variant.config, OPTIMIZER, mesh).lower(state, batch).compile()
+            compiled = lowered(make_step(variant.config, OPTIMIZER, mesh)).compile()
         assert dispatch.called, "not the one-hot step"
     else:
-        compiled = step.make_train_step(variant.config, OPTIMIZER, mesh).lower(state, batch).compile()
+        compiled = lowered(step.make_train_step(variant.config, OPTIMIZER, mesh)).compile()
     return compiled, batch, time.perf_counter() - start_s
 
 
@@ -261,7 +265,7 @@ def measure(variants: list[Variant], num_steps: int) -> tuple[list[Measured], di
         )
         measured.append(found)
 
-    peaks = {v.config.dtype: Peak(v) for v in variants}
+    peaks: dict[str, Peak] = {v.config.dtype: Peak(v) for v in variants}
     for _ in range(num_steps):
         for peak in peaks.values():
             peak.measure()
