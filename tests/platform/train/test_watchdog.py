@@ -47,18 +47,27 @@ def test_a_process_that_cannot_tell_is_ended_all_the_same():
         assert ended.wait(20)
 
 
-def test_whoever_beats_lives_and_a_block_that_is_left_is_watched_no_more():
-    ended = threading.Event()
-    with Watchdog(0.5, lambda stack: None, ended.set) as watching:
+def set_clock(now, monkeypatch):
+    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+
+def test_whoever_beats_lives_and_a_block_that_is_left_is_watched_no_more(monkeypatch):
+    monkeypatch.setattr(watchdog, "CHECK_EVERY_S", 0.01)
+    ended, now = threading.Event(), [0.0]
+    set_clock(now, monkeypatch)
+    with Watchdog(10.0, lambda stack: None, ended.set) as watching:
         for _ in range(12):
-            time.sleep(0.1)
+            now[0] += 6.0
+            time.sleep(0.03)  # in which it is looked at
             watching.beat()
-    assert not ended.wait(0.7)
+    watching._thread.join(20)
+    assert not watching._thread.is_alive()
+    assert not ended.is_set()
 
 
 def watchdog_after(steps_s, now, monkeypatch, **patience):
     """A watchdog that was told of such steps, by a clock that is set."""
-    monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    set_clock(now, monkeypatch)
     made = Watchdog(1000.0, lambda stack: None, lambda: None, **patience)
     for step_s in steps_s:
         made.beat(step=True)
@@ -98,9 +107,10 @@ def test_what_is_no_step_does_not_count_as_one(monkeypatch):
 def test_a_step_that_takes_far_longer_than_its_like_is_ended():
     told, ended = [], threading.Event()
     with Watchdog(60.0, told.append, ended.set, multiple=20.0, least_s=0.2) as watching:
-        for _ in range(12):
+        for _ in range(watchdog.KNOWN_STEPS):
             watching.beat(step=True)
             time.sleep(0.01)
+        watching.beat(step=True)
         stand_still(ended)
     assert ended.is_set()
     assert "in stand_still" in told[0]
