@@ -15,8 +15,8 @@ from openmoe.model.optimizer_config import AdafactorConfig, AdamWConfig
 
 
 @pytest.fixture(scope="module")
-def state(moe_config, mesh_of):
-    return step.init_state(moe_config, AdafactorConfig(), 0, mesh_of(1, 4))
+def state(config, mesh_of):
+    return step.init_state(config, AdafactorConfig(), 0, mesh_of(1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def saved(tmp_path_factory, state):
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2), (1, 1), (4, 2)])
-def test_restores_the_same_bits_on_another_mesh(saved, state, moe_config, mesh_of, shape):
-    template = step.state_shapes(moe_config, AdafactorConfig(), mesh_of(*shape))
+def test_restores_the_same_bits_on_another_mesh(saved, state, config, mesh_of, shape):
+    template = step.state_shapes(config, AdafactorConfig(), mesh_of(*shape))
     restored, loader_state = Checkpointer(str(saved)).restore(7, template)
     assert loader_state == {"next_row": 28}
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
@@ -43,8 +43,8 @@ def test_restores_the_same_bits_on_another_mesh(saved, state, moe_config, mesh_o
 
 
 @pytest.mark.parametrize("step_number", [4, 9])
-def test_a_step_that_was_never_committed_is_not_found(saved, moe_config, mesh_of, step_number):
-    template = step.state_shapes(moe_config, AdafactorConfig(), mesh_of(1, 1))
+def test_a_step_that_was_never_committed_is_not_found(saved, config, mesh_of, step_number):
+    template = step.state_shapes(config, AdafactorConfig(), mesh_of(1, 1))
     with pytest.raises(FileNotFoundError):
         Checkpointer(str(saved)).restore(step_number, template)
 
@@ -80,8 +80,8 @@ def leaves(stored):
 
 
 @pytest.fixture
-def stored(saved, moe_config, mesh_of):
-    return checkpoint.stored(str(saved / "7"), step.state_shapes(moe_config, AdafactorConfig(), mesh_of(1, 1)))
+def stored(saved, config, mesh_of):
+    return checkpoint.stored(str(saved / "7"), step.state_shapes(config, AdafactorConfig(), mesh_of(1, 1)))
 
 
 def test_every_array_can_be_read_by_itself(stored, state):
@@ -95,43 +95,41 @@ def test_every_array_can_be_read_by_itself(stored, state):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"num_layers": 2}, UnknownArray, "params/decoder/layers_2/mlp/wi_0/kernel and 48 more: there is"),
-        ({"num_layers": 8}, MissingArray, "params/decoder/layers_4/mlp/wi_0/kernel and 97 more: missing"),
-        ({"d_ff": 128}, WrongShape, "params/decoder/layers_0/mlp/wi_0/kernel: has shape (64, 192), in"),
+        ({"num_layers": 1}, UnknownArray, "params/decoder/layers_1/extra_mlp/wi_0/kernel and 30 more: there is"),
+        ({"num_layers": 4}, MissingArray, "params/decoder/layers_2/extra_mlp/wi_0/kernel and 61 more: missing"),
+        ({"d_ff": 128}, WrongShape, "params/decoder/layers_0/extra_mlp/wi_0/kernel: has shape (64, 192), in"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named_before_anything_is_read(
-    saved, moe_config, mesh_of, changes, kind, message
-):
-    template = step.state_shapes(replace(moe_config, **changes), AdafactorConfig(), mesh_of(1, 1))
+def test_a_checkpoint_of_another_model_is_named_before_anything_is_read(saved, config, mesh_of, changes, kind, message):
+    template = step.state_shapes(replace(config, **changes), AdafactorConfig(), mesh_of(1, 1))
     with pytest.raises(kind) as raised:
         checkpoint.stored(str(saved / "7"), template)
     assert message in str(raised.value)
 
 
-def test_parameters_are_read_whatever_optimizer_trained_them(tmp_path, moe_config, mesh_of):
+def test_parameters_are_read_whatever_optimizer_trained_them(tmp_path, config, mesh_of):
     mesh = mesh_of(1, 1)
-    state = step.init_state(moe_config, AdamWConfig(), 0, mesh)
+    state = step.init_state(config, AdamWConfig(), 0, mesh)
     checkpointer = Checkpointer(str(tmp_path))
     checkpointer.save(2, state, {"next_row": 8})
     checkpointer.wait()
-    template = step.state_shapes(moe_config, AdafactorConfig(), mesh)
+    template = step.state_shapes(config, AdafactorConfig(), mesh)
     with pytest.raises(UnknownArray, match=r"opt_state/\S+/mu and \d+ more: .* choose the optimizer it was trained"):
         checkpoint.stored(str(tmp_path / "2"), template)
     found = checkpoint.stored_parameters(str(tmp_path / "2"), template.params)
     norm = ("decoder", "decoder_norm", "scale")
     np.testing.assert_array_equal(found[norm[0]][norm[1]][norm[2]].read(), state.params[norm[0]][norm[1]][norm[2]])
-    restored, _ = checkpointer.restore(2, step.state_shapes(moe_config, AdamWConfig(), mesh_of(1, 4)))
+    restored, _ = checkpointer.restore(2, step.state_shapes(config, AdamWConfig(), mesh_of(1, 4)))
     assert checkpoint.checksum(restored) == checkpoint.checksum(state)
     with pytest.raises(CheckpointError, match="T5X has a place for Adafactor's state only"):
         t5x_checkpoint.save(str(tmp_path / "t5x"), state._replace(step=state.opt_state.count))
 
 
-def test_a_damaged_array_is_one_line(saved, moe_config, mesh_of, tmp_path):
+def test_a_damaged_array_is_one_line(saved, config, mesh_of, tmp_path):
     shutil.copytree(saved / "7", tmp_path / "7")
     data = max((tmp_path / "7" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(b"\0" * data.stat().st_size)
-    stored = checkpoint.stored(str(tmp_path / "7"), step.state_shapes(moe_config, AdafactorConfig(), mesh_of(1, 1)))
+    stored = checkpoint.stored(str(tmp_path / "7"), step.state_shapes(config, AdafactorConfig(), mesh_of(1, 1)))
     complaints = []
     for array in leaves(stored):
         try:

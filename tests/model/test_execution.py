@@ -1,4 +1,4 @@
-"""Scan, recomputation, parts and sharded parameters change no number of a step beyond the order of sums."""
+"""Devices, scan, recomputation, parts and sharded parameters change no number of a step beyond the order of sums."""
 
 import functools
 from dataclasses import replace
@@ -53,6 +53,11 @@ def assert_same(found, wanted, *, within=1e-5):
     grads = traverse_util.flatten_dict(found[0], sep="/")
     for name, grad in traverse_util.flatten_dict(wanted[0], sep="/").items():
         np.testing.assert_allclose(grads[name], grad, atol=within * np.abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)])
+def test_losses_and_gradients_on_eight_devices_are_those_on_one(gradients, shape):
+    assert_same(gradients(*shape), gradients())
 
 
 @pytest.mark.parametrize("execution", [SCANNED, ExecutionConfig(remat="full")], ids=["scan, dots", "full"])

@@ -9,7 +9,7 @@ import pytest
 from openmoe.model import objective, sharding, step
 from openmoe.model.optimizer_config import AdafactorConfig
 
-MESHES = [(1, 1), (2, 2)]  # more of them, forward and backward, in test_collectives.py and test_execution.py
+MESHES = [(1, 1), (2, 2)]  # more of them, forward and backward, in test_execution.py
 OPTIMIZER = AdafactorConfig(warmup_steps=100)
 
 
