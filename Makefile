@@ -19,7 +19,7 @@ quickstart: $(READY)
 	$(BIN)/openmoe quickstart $(ARGS)
 
 test: $(READY)
-	$(PYTEST) -n 2 --dist loadfile -m "not faults" --ignore=tests/tpu --ignore=tests/interop --ignore=tests/gpu $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not faults" --ignore=tests/tpu --ignore=tests/interop --ignore=tests/gpu $(ARGS)
 
 # Compiled by the TPU's own compiler, libtpu, which needs no TPU for that (Linux; 3 minutes).
 test-tpu: .venv-tpu/.ready

@@ -20,11 +20,10 @@ def run(script: str, *flags: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_the_step_benchmark_runs_without_an_installed_package_and_one_hot_is_the_same_model():
+def test_the_step_benchmark_runs_without_an_installed_package_and_one_hot_is_the_same_model(quickly):
     """It asserts the equality of the losses itself."""
     flags = ("--shape", "tiny", "--dtype", "float32", "--steps", "1", "--only", "ours", "one-hot", "head alone")
-    quickly = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    out = run("model_step.py", *flags, XLA_FLAGS=quickly)
+    out = run("model_step.py", *flags, **quickly)
     table = [line.split("float32")[0].strip() for line in out.splitlines() if "float32  " in line]
     assert table[:3] == ["ours, groups of 64", "one-hot, groups of 64", "head alone"]
     if sys.platform == "linux":

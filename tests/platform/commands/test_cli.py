@@ -1,4 +1,4 @@
-"""The `openmoe` command as a user runs it: a process of its own, its output, its exit code."""
+"""The `openmoe` command as a user runs it: its output and its exit code, of a process of its own where that matters."""
 
 import json
 import math
@@ -50,11 +50,11 @@ def test_the_shell_completes_commands():
     assert result.stdout.strip() == "validate"
 
 
-def test_validate_explains_a_run_file():
-    result = openmoe("validate", "quickstart", "train.steps=200")
-    assert result.returncode == 0
-    assert "5,082,496 (5.08 M)" in result.stdout
-    assert "409,600" in result.stdout  # 200 steps of 4 rows of 512 tokens
+def test_validate_explains_a_run_file(run_here):
+    code, out, _ = run_here("validate", "quickstart", "train.steps=200")
+    assert code == 0
+    assert "5,082,496 (5.08 M)" in out
+    assert "409,600" in out  # 200 steps of 4 rows of 512 tokens
 
 
 def test_validate_prints_json_alone_when_asked():
@@ -69,17 +69,17 @@ def test_schema_is_json():
     assert json.loads(openmoe("schema").stdout)["title"] == "OpenMoE run file"
 
 
-def test_a_model_is_described():
-    described = json.loads(openmoe("model", "describe", "openmoe-34b", "--json").stdout)
+def test_a_model_is_described(run_here):
+    described = json.loads(run_here("model", "describe", "openmoe-34b", "--json")[1])
     assert described["model"]["parameters"] == 46_270_737_408
     assert described["parameters"]["experts"] == 38_654_705_664
     assert described["memory"]["parameters_float32"] == 4 * 46_270_737_408
     assert described["memory"]["parameters_bfloat16"] == 2 * 46_270_737_408
 
 
-def test_an_empty_folder_has_no_runs(tmp_path):
-    assert json.loads(openmoe("runs", str(tmp_path), "--json").stdout) == []
-    assert "no runs in" in openmoe("runs", str(tmp_path)).stdout
+def test_an_empty_folder_has_no_runs(tmp_path, run_here):
+    assert json.loads(run_here("runs", str(tmp_path), "--json")[1]) == []
+    assert "no runs in" in run_here("runs", str(tmp_path))[1]
 
 
 def test_the_json_of_a_run_whose_loss_is_not_finite_is_json(tmp_path):
@@ -118,20 +118,25 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_ends_in_plain_lines_and_exit_code_2(name):
-    result = openmoe("validate", name, cwd=BAD_RUNS)
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [f"{name}:{line}" for line in BAD_FILES[name]]
-    assert result.stdout == ""
+def test_a_bad_file_ends_in_plain_lines_and_exit_code_2(name, run_here, monkeypatch):
+    monkeypatch.chdir(BAD_RUNS)
+    code, out, err = run_here("validate", name)
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [f"{name}:{line}" for line in BAD_FILES[name]]
+
+
+def test_a_bad_file_ends_a_process_with_plain_lines_and_exit_code_2():
+    result = openmoe("validate", "tab.yaml", cwd=BAD_RUNS)
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"tab.yaml:{BAD_FILES['tab.yaml'][0]}\n")
 
 
 @pytest.mark.parametrize(
     "command", [("train",), ("data", "build"), ("data", "plan"), ("data", "tokenize"), ("data", "inspect")]
 )
-def test_nothing_is_started_on_a_bad_file(command):
-    result = openmoe(*command, "tab.yaml", cwd=BAD_RUNS)
-    assert result.returncode == 2
-    assert result.stderr == "tab.yaml:10: a tab in the indentation; YAML allows spaces only\n"
+def test_nothing_is_started_on_a_bad_file(command, run_here, monkeypatch):
+    monkeypatch.chdir(BAD_RUNS)
+    code, out, err = run_here(*command, "tab.yaml")
+    assert (code, out, err) == (2, "", "tab.yaml:10: a tab in the indentation; YAML allows spaces only\n")
 
 
 def test_every_bad_file_is_tried():
@@ -159,12 +164,11 @@ def test_every_bad_file_is_tried():
         (["tarin"], "No such command 'tarin'"),
     ],
 )
-def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message):
-    result = openmoe(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
+def test_bad_arguments_end_in_one_line_and_exit_code_2(arguments, message, run_here):
+    code, out, err = run_here(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
 
 
 def commands(group, *names):
@@ -187,9 +191,9 @@ def test_every_command_has_a_whole_sentence_in_the_lists_of_commands():
         ("tests", "tokenizer: tests is a folder; give a spiece.model file\n"),
     ],
 )
-def test_what_is_no_tokenizer_is_one_line_with_the_remedy(uri, message):
-    result = openmoe("validate", "quickstart", f"data.tokenizer={uri}", cwd=ROOT)
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+def test_what_is_no_tokenizer_is_one_line_with_the_remedy(uri, message, run_here, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert run_here("validate", "quickstart", f"data.tokenizer={uri}") == (2, "", message)
 
 
 def train(run_dir, *overrides):

@@ -1,10 +1,7 @@
 """`openmoe convert` as a user runs it: the nano model from T5X to Orbax and Hugging Face, back again, and bad input."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,7 +14,6 @@ from openmoe.model.config import PRESETS
 from openmoe.model.interop import InMemory
 from openmoe.model.optimizer import OptimizerState
 from openmoe.model.optimizer_config import AdafactorConfig
-from openmoe.platform.commands import cli
 from openmoe.platform.run.lineage import Acceptance
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import spec
@@ -46,42 +42,28 @@ def folder(tmp_path_factory, state):
     return path
 
 
-def openmoe(*arguments, cwd):
-    command = [sys.executable, "-m", "openmoe.platform", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ)
+@pytest.fixture
+def convert(folder, monkeypatch, run_here):
+    """Returns the function that runs `openmoe convert` in this process: exit code, output, errors."""
+    monkeypatch.chdir(folder)
+    return lambda line: run_here("convert", *line.split())
 
 
-def test_from_t5x_to_orbax_and_back_is_the_same_state(folder, state, mesh):
+def test_from_t5x_to_orbax_and_back_is_the_same_state(convert, folder, state, mesh):
     template = step.state_shapes(NANO, AdafactorConfig(), mesh)
-    there = ("convert", "t5x/checkpoint_5", "orbax", "--from", "t5x", "--to", "orbax", "--model", "openmoe-nano")
-    result = openmoe(*there, cwd=folder)
-    assert (result.returncode, result.stdout) == (0, "orbax/5\n"), result.stderr
-    assert "write: 136 of 136 arrays" in result.stderr
+    code, out, err = convert("t5x/checkpoint_5 orbax --from t5x --to orbax --model openmoe-nano")
+    assert (code, out) == (0, "orbax/5\n"), err
+    assert "write: 136 of 136 arrays" in err
     restored, loader_state = checkpoint.Checkpointer(str(folder / "orbax")).restore(5, template)
     assert checkpoint.checksum(restored) == checkpoint.checksum(state)
     assert loader_state == {"next_row": 0}
 
-    back = ("convert", "orbax/5", "again", "--from", "orbax", "--to", "t5x", "--model", "openmoe-nano", "--json")
-    result = openmoe(*back, cwd=folder)
-    assert (result.returncode, json.loads(result.stdout)) == (0, {"path": "again/checkpoint_5"}), result.stderr
+    code, out, err = convert("orbax/5 again --from orbax --to t5x --model openmoe-nano --json")
+    assert (code, json.loads(out)) == (0, {"path": "again/checkpoint_5"}), err
     restored = t5x.restore(str(folder / "again" / "checkpoint_5"), template)
     assert checkpoint.checksum(restored) == checkpoint.checksum(state)
     index = Path("checkpoint_5", "checkpoint")
     assert (folder / "again" / index).read_bytes() == (folder / "t5x" / index).read_bytes()
-
-
-@pytest.fixture
-def convert(folder, monkeypatch, capsys):
-    """Returns the function that runs `openmoe convert` in this process: exit code, output, errors."""
-    monkeypatch.chdir(folder)
-
-    def run(line):
-        monkeypatch.setattr(sys, "argv", ["openmoe", "convert", *line.split()])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_parameters_can_be_rewritten_in_bfloat16(convert, folder, state, mesh):

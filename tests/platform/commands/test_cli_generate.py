@@ -118,9 +118,10 @@ def test_a_seed_gives_the_same_answer_again_and_another_one_another(run):
     assert answer("1") == answer("1") != answer("2")
 
 
-def test_the_command_runs_on_as_many_devices_as_there_are(run):
+def test_the_command_runs_on_as_many_devices_as_there_are(run, quickly):
     command = [sys.executable, "-m", "openmoe.platform", "generate", run.path, "The fox", "--greedy"]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "3"})
+    environment = os.environ | quickly | {"JAX_NUM_CPU_DEVICES": "3"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout) == (0, "The fox jumps over the dog.\n"), result.stderr
 
 

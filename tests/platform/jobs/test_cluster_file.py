@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from openmoe.clusters import versions
-from openmoe.platform.commands import cli
 from openmoe.platform.jobs import cluster_file
 from openmoe.platform.run_file import spec, spec_source
 
@@ -42,14 +41,6 @@ cluster: {accelerator: tpu, accelerator_type: TPU-V6E, topology: 4x4, num_worker
 def openmoe(*arguments, cwd=None):
     command = [sys.executable, "-m", "openmoe.platform", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | {"COLUMNS": "200"})
-
-
-def run_here(monkeypatch, capsys, *arguments):
-    """The same within this process, which is quicker: exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["openmoe", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return ended.value.code, *capsys.readouterr()
 
 
 def test_every_shipped_cluster_file_is_known_by_its_name():
@@ -92,8 +83,8 @@ def test_overrides_win_over_the_file():
     assert (loaded.slices, loaded.head.cpus, loaded.num_hosts) == (3, 4, 12)
 
 
-def test_validate_shows_what_follows(monkeypatch, capsys):
-    code, out, err = run_here(monkeypatch, capsys, "cluster", "validate", "gcp-tpu-v4-128-spot", "slices=4", "--json")
+def test_validate_shows_what_follows(run_here):
+    code, out, err = run_here("cluster", "validate", "gcp-tpu-v4-128-spot", "slices=4", "--json")
     assert (code, err) == (0, "")
     shown = json.loads(out)
     assert shown["cluster"] == {
@@ -107,7 +98,7 @@ def test_validate_shows_what_follows(monkeypatch, capsys):
     assert shown["slice"]["pod_type"] == "v4-128"
     assert shown["Ray's resources"] == {"CPU": 8, "TPU": 4, "TPU-v4-128-head": 1}
     assert shown["run file"]["cluster.num_workers"] == 16
-    assert "64 / 4" in run_here(monkeypatch, capsys, "cluster", "validate", "gcp-tpu-v4-128-spot")[1]
+    assert "64 / 4" in run_here("cluster", "validate", "gcp-tpu-v4-128-spot")[1]
 
 
 def test_render_writes_a_file_that_names_the_next_command(tmp_path):
@@ -119,19 +110,19 @@ def test_render_writes_a_file_that_names_the_next_command(tmp_path):
     assert yaml.safe_load(text)["cluster_name"] == "v4-128-spot"
 
 
-def test_render_prints_a_raycluster(monkeypatch, capsys):
-    code, out, err = run_here(monkeypatch, capsys, "cluster", "render", "kuberay-tpu-v6e", "slices=3")
+def test_render_prints_a_raycluster(run_here):
+    code, out, err = run_here("cluster", "render", "kuberay-tpu-v6e", "slices=3")
     assert (code, err) == (0, "")
     manifest = yaml.safe_load(out)
     assert manifest["kind"] == "RayCluster"
     assert manifest["spec"]["workerGroupSpecs"][0]["replicas"] == 3
 
 
-def test_render_makes_a_job_of_a_run_and_keeps_it_in_the_clusters_storage(tmp_path, monkeypatch, capsys):
+def test_render_makes_a_job_of_a_run_and_keeps_it_in_the_clusters_storage(tmp_path, monkeypatch, run_here):
     (tmp_path / "c.yaml").write_text(KUBERAY)
     (tmp_path / "r.yaml").write_text(RUN)
     monkeypatch.chdir(tmp_path)
-    code, out, err = run_here(monkeypatch, capsys, "cluster", "render", "c.yaml", "--job", "r.yaml")
+    code, out, err = run_here("cluster", "render", "c.yaml", "--job", "r.yaml")
     assert (code, err) == (0, "")
     config_map, job = yaml.safe_load_all(out)
     assert (config_map["kind"], job["kind"], job["metadata"]["name"]) == ("ConfigMap", "RayJob", "nano-1")
@@ -175,8 +166,8 @@ def bad_files(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("bad_files")
 @pytest.mark.parametrize("arguments", BAD_COMMANDS, ids=" ".join)
-def test_a_bad_command_ends_in_plain_lines_and_exit_code_2(monkeypatch, capsys, arguments):
-    code, out, err = run_here(monkeypatch, capsys, "cluster", *arguments)
+def test_a_bad_command_ends_in_plain_lines_and_exit_code_2(run_here, arguments):
+    code, out, err = run_here("cluster", *arguments)
     assert (code, out) == (2, "")
     assert err.endswith(BAD_COMMANDS[arguments])
 

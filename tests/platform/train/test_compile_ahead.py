@@ -45,14 +45,13 @@ SMALL = (
     *("data.seq_len=128", "train.steps=2", "train.batch_rows=8", "train.checkpoint_every_steps=2"),
     *("train.sample_tokens=0", "mesh.expert=1", "cluster.num_workers=1", "cluster.devices_per_worker=1"),
 )
-QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.mark.timeout(180)
 def test_the_first_incarnation_loads_what_was_compiled_ahead_up_to_its_first_step_and_for_evaluations(
-    small_data, tmp_path
+    small_data, tmp_path, quickly
 ):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": QUICKLY, "JAX_COMPILATION_CACHE_DIR": ""}
+    environment = os.environ | quickly | {"JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": ""}
     command = [sys.executable, "-c", STORY, str(tmp_path), small_data.path, *SMALL]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

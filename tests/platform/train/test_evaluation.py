@@ -32,7 +32,7 @@ EVERY_2 = ("eval={every_steps: 2, rows: 5}",)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(few_pieces, tmp_path_factory):
     """(overrides that name two sources, the manifest of their build): a fifth of the documents is kept apart."""
     folder = tmp_path_factory.mktemp("data")
     named = []
@@ -40,7 +40,8 @@ def data(tmp_path_factory):
         texts = [" ".join(f"{name} {37 * i + n} is {i * n}" for n in range(30)) for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         named.append(f"{{name: {name}, format: redpajama, paths: [{folder}/{name}.jsonl], weight: 1}}")
-    overrides = [f"data_dir={folder}/data", f"data.sources=[{', '.join(named)}]", "data.validation_share=0.2"]
+    named_sources = f"data.sources=[{', '.join(named)}]"
+    overrides = [*few_pieces, f"data_dir={folder}/data", named_sources, "data.validation_share=0.2"]
     config = spec.load("quickstart", [*SMALL, *overrides]).data
     text = tokenizer.load(config.tokenizer)
     units = {source.name: sources.inventory(source, config.unit_bytes) for source in config.sources}

@@ -1,7 +1,7 @@
 """A tiny pretraining, then a run on conversations that begins with its parameters."""
 
-import importlib.resources
 import json
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -22,7 +22,7 @@ SMALL = (
     *("data.seq_len=128", "train.batch_rows=8", "train.checkpoint_every_steps=2", "train.sample_tokens=4"),
     *("mesh.expert=8", "cluster.num_workers=1", "cluster.devices_per_worker=8"),
 )
-CHAT = "data={tokenizer: 'builtin:small_8192', seq_len: 128, objective: chat, sources: [{name: talks, format: chat, "
+CHAT = "data={seq_len: 128, objective: chat, sources: [{name: talks, format: chat, "
 CONSTANT = "optimizer={name: adafactor, learning_rate: 0.05, warmup_steps: 0, schedule: {name: constant}}"
 
 
@@ -36,32 +36,32 @@ def trained(loaded, manifest):
 
 
 @pytest.fixture(scope="module")
-def base(ray_local, tmp_path_factory):
+def base(ray_local, few_pieces, tmp_path_factory):
     """A run of two steps of next-token prediction."""
     folder = tmp_path_factory.mktemp("base")
     stdlib_corpus.write_corpus(f"{folder}/corpus", max_text_bytes=60_000, max_code_bytes=60_000)
     source = f"{{name: wikipedia, format: redpajama, weight: 1, paths: [{folder}/corpus/wikipedia/*.jsonl]}}"
-    data = f"data={{tokenizer: 'builtin:small_8192', seq_len: 128, objective: next_token, sources: [{source}]}}"
-    loaded = spec.load("quickstart", [data, *SMALL, f"run_dir={folder}/run", "train.steps=2", CONSTANT])
+    data = f"data={{seq_len: 128, objective: next_token, sources: [{source}]}}"
+    loaded = spec.load("quickstart", [data, *few_pieces, *SMALL, f"run_dir={folder}/run", "train.steps=2", CONSTANT])
     return trained(loaded, build.build(loaded.data, loaded.data_dir, min_rows=16))
 
 
 @pytest.fixture(scope="module")
-def other_tokenizer(tmp_path_factory):
+def other_tokenizer(base, tmp_path_factory):
     """The tokenizer of the base run with two pieces exchanged: as many, and other text."""
     from sentencepiece import sentencepiece_model_pb2
 
     folder = tmp_path_factory.mktemp("tokenizer")
     model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString((importlib.resources.files("openmoe.pipelines.assets") / "small_8192.model").read_bytes())
-    one, two = model.pieces[5000], model.pieces[5001]
+    model.ParseFromString(Path(base.spec().data.tokenizer).read_bytes())
+    one, two = model.pieces[500], model.pieces[501]
     one.piece, two.piece = two.piece, one.piece
     (folder / "other.model").write_bytes(model.SerializeToString())
     return f"{folder}/other.model"
 
 
 @pytest.fixture(scope="module")
-def talks(ray_local, tmp_path_factory):
+def talks(ray_local, few_pieces, tmp_path_factory):
     """(overrides of a run on 30 conversations, its data)."""
     folder = tmp_path_factory.mktemp("talks")
     questions = [f"What is {i} and {i + 1}?" for i in range(30)]
@@ -70,7 +70,8 @@ def talks(ray_local, tmp_path_factory):
         for i, asked in enumerate(questions)
     ]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    overrides = [f"{CHAT}weight: 1, paths: [{folder}/a.jsonl]}}]}}", *SMALL, f"data_dir={folder}/data", CONSTANT]
+    data = f"{CHAT}weight: 1, paths: [{folder}/a.jsonl]}}]}}"
+    overrides = [data, *few_pieces, *SMALL, f"data_dir={folder}/data", CONSTANT]
     loaded = spec.load("quickstart", overrides)
     return overrides, build.build(loaded.data, loaded.data_dir, min_rows=96)
 
@@ -131,7 +132,7 @@ def test_a_source_of_another_tokenizer_is_refused_in_one_line_before_anything_is
 ):
     from openmoe.platform.run import driver
 
-    same, other = tokenizer.load("builtin:small_8192"), tokenizer.load(other_tokenizer)
+    same, other = tokenizer.load(base.spec().data.tokenizer), tokenizer.load(other_tokenizer)
     checkpoint_path = base.at(base.newest_accepted().checkpoint)
     told = []
     for place in (base.path, checkpoint_path):
