@@ -41,7 +41,7 @@ def test_a_run_file_opens_with_command_hardware_time_and_loss(name):
     source = spec_source.read(name, spec_source.RUN_FILE)
     with open(source.where) as file:
         header = re.match(r"(#.*\n)+", file.read())[0]
-    assert f"openmoe train {name}" in header
+    assert re.search(rf"openmoe (train|submit) {name}\b", header)
     assert re.findall(r"^# (Hardware|Time|Loss) ", header, re.MULTILINE) == ["Hardware", "Time", "Loss"]
 
 
