@@ -6,6 +6,7 @@ Axes: S tokens of the group, K = top_k choices of a token, E experts, C places o
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -175,7 +176,7 @@ def mean_over_groups(groups: RouterStatistics, config: ModelConfig) -> RouterSta
         means = jax.tree.map(lambda values: values.mean(axis=0), groups)
     else:
         shares = groups.asking / jnp.maximum(asking, 1)
-        means = jax.tree.map(lambda values: jnp.tensordot(shares, values, axes=1), groups)
+        means = jax.tree.map(functools.partial(jnp.tensordot, shares, axes=1, precision="highest"), groups)
     return means._replace(asking=asking)
 
 
