@@ -6,6 +6,7 @@ so that a resize changes only who computes what.
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from openmoe.platform.run_file.spec_sections import (
 )
 from openmoe.platform.train import saturation
 
+_LARGEST_RATE = 0.1  # of AdamW and Muon, far above any that trains
 _OLD_TPUS = ("TPU-V2", "TPU-V3")  # which Ray knows; here nothing is known of their slices
 
 
@@ -55,6 +57,7 @@ def impossible_combinations(
         *_slices(mesh, model),
         *_cluster(cluster),
         *_tpu_slices(cluster),
+        *_rate(optimizer),
         *_parameter_groups(optimizer, model),
     ]
 
@@ -197,6 +200,18 @@ def _tpu_slices(cluster: ClusterConfig) -> Iterator[Problem]:
     if cluster.devices_per_worker > (most := chips * tpu.GENERATIONS[kind].devices_per_chip):
         message = f"must be at most {most}, the devices of a host of {chips} {kind} chips"
         yield Problem("cluster.devices_per_worker", f"{message}, got {cluster.devices_per_worker}")
+
+
+def _rate(optimizer: OptimizerConfig) -> Iterator[Problem]:
+    """Refuses a rate of Adafactor's kind, as it is left over where only the optimizer's name was changed."""
+    slowed = math.sqrt(optimizer.warmup_steps) if optimizer.schedule.name == "inverse_sqrt" else 1
+    largest = optimizer.learning_rate / slowed
+    if optimizer.name != "adafactor" and largest > _LARGEST_RATE:
+        yield Problem(
+            "optimizer.learning_rate",
+            f"{optimizer.name} moves parameters by about the rate, whatever their size, so at most {_LARGEST_RATE} in "
+            f"a step; 3e-4 is usual, Adafactor's are larger; got {optimizer.learning_rate:g}",
+        )
 
 
 def _parameter_groups(optimizer: OptimizerConfig, model: ModelConfig) -> Iterator[Problem]:

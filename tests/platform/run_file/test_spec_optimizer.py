@@ -24,6 +24,11 @@ def optimizer(*overrides):
     return spec.load("quickstart", list(overrides)).optimizer
 
 
+def test_a_rate_that_the_schedule_makes_small_is_none_of_adafactors():
+    slow = "{name: muon, learning_rate: 1.0, warmup_steps: 10000, schedule: {name: inverse_sqrt}}"
+    assert optimizer(f"optimizer={slow}").learning_rate == 1.0
+
+
 def test_a_run_file_has_the_settings_of_the_optimizer_it_names():
     assert optimizer("optimizer={}") == AdafactorConfig()
     assert optimizer("optimizer={name: adamw, weight_decay: 0.01}") == AdamWConfig(weight_decay=0.01)
@@ -105,6 +110,11 @@ BAD = {
     "half a token": (
         "optimizer={warmup_tokens: 0.5}",
         "override: optimizer.warmup_tokens: must be whole tokens, at least 1, got 0.5",
+    ),
+    "Adafactor's rate": (
+        "optimizer.name=adamw",
+        "optimizer.learning_rate: adamw moves parameters by about the rate, whatever their size, so at most 0.1 in a "
+        "step; 3e-4 is usual, Adafactor's are larger; got 0.5",
     ),
     "a group of nothing": (
         "optimizer.groups=[{match: [decoder/layers_0/*, '*/ruoter/*']}]",
