@@ -48,6 +48,7 @@ class Head:
             *("--node-ip-address=127.71.0.1", f"--port={free_port()}", f"--ray-client-server-port={free_port()}"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--temp-dir={folder}"),
             f"--metrics-export-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",  # its default is another Ray's of this machine
         ]
         self.process = subprocess.Popen(
             command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
