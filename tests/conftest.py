@@ -73,8 +73,9 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # of xdist; alone, tests that need a Ray would keep one beside all others
+        items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")
