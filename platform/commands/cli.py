@@ -174,10 +174,8 @@ def runs(
 
     found = run_dir.list_runs(folder)
     if as_json:
-        losses = (
-            run.loss if run.loss is not None and math.isfinite(run.loss) else None for run in found
-        )  # JSON: no NaN
-        rows = [asdict(run) | {"loss": loss} for run, loss in zip(found, losses, strict=True)]
+        # JSON has no NaN.
+        rows = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss or 0.0) else None} for run in found]
         print(json.dumps(rows, indent=2, allow_nan=False))
         return
     if not found:

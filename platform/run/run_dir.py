@@ -62,9 +62,8 @@ class RunDir:
     def must_exist(self) -> None:
         """Raises RunDirError if no run lives here."""
         if not self.exists():
-            named = storage.join(
-                DEFAULT_FOLDER, self.path
-            )  # of a shipped run file: its name instead of its run directory
+            # The name of a shipped run file may have been given instead of its run directory.
+            named = storage.join(DEFAULT_FOLDER, self.path)
             hint = f"did you mean {named}?" if RunDir(named).exists() else "`openmoe runs` lists those of a folder"
             raise RunDirError(f"{self.path}: no run is here; {hint}")
 

@@ -176,6 +176,19 @@ def test_a_unit_of_other_tokens_is_named_even_if_receipt_and_manifest_were_made_
     ]
 
 
+def test_a_build_from_before_documents_had_a_digest_is_sound_by_its_counts_and_files(copy):
+    manifest, folder = copy
+    receipts = [unit(folder, manifest, n, ".json") for n in range(len(manifest.sources[0].units))]
+    for path, held in zip(receipts, manifest.sources[0].units, strict=True):
+        path.write_text(json.dumps(_without(path, "documents_sha256") | {"tokens_sha256": "0" * 64}))
+        held |= {"tokens_sha256": "0" * 64}
+        del held["documents_sha256"]
+    assert audit.audit(manifest).contradictions == []
+    edit(receipts[0], documents=1)
+    manifest.sources[0].units[0]["documents"] = 1
+    assert "its receipt says 1" in audit.audit(manifest).contradictions[0].what
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_named_with_its_file(copy, name):
     manifest, folder = copy
