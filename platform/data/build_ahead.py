@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,8 @@ from openmoe.pipelines.config import BLOCK_ROWS
 from openmoe.pipelines.manifest import Manifest
 from openmoe.pipelines.mixture import WINDOW_ROWS
 from openmoe.pipelines.storage import StorageDenied, StorageUnavailable
+from openmoe.platform.run import lineage
+from openmoe.platform.run.lineage import Incident
 from openmoe.platform.run_file import run_length
 from openmoe.platform.run_file.spec import RunSpec
 
@@ -28,7 +30,9 @@ AHEAD_ROWS = 8 * WINDOW_ROWS
 CLOSE_S = 1.0  # a group that is being packed is not waited for; it is packed again, to the same bytes
 
 
-def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], None]) -> tuple[Manifest, RunSpec]:
+def build_first(
+    spec: RunSpec, step: int, report: Report, say: Callable[[str], None], incidents: Sequence[Incident] = ()
+) -> tuple[Manifest, RunSpec]:
     """Builds what training wants to find: for a run in epochs pass 0 of all sources, and what it reads first.
 
     Args:
@@ -36,6 +40,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
       step: steps the run has done.
       report: told of progress.
       say: told when the driver does what the cluster has no CPU for.
+      incidents: whose rows the run leaves out.
 
     Returns:
       The manifest, and the run with its length in steps.
@@ -52,7 +57,7 @@ def build_first(spec: RunSpec, step: int, report: Report, say: Callable[[str], N
     if spec.train.epochs is not None:
         build.pack(built, built.first_passes(), report, place)
     spec = run_length.resolved(spec, built.epoch_rows())
-    row, last_row = step * spec.train.batch_rows, spec.train.total_steps * spec.train.batch_rows
+    row, last_row = (lineage.row_after(n, spec.train.batch_rows, incidents) for n in (step, spec.train.total_steps))
     try:
         while wanted := passes.coming(built, row, min(row + BLOCK_ROWS, last_row), ahead=0):
             build.pack(built, wanted, report, place)
@@ -84,6 +89,7 @@ class BuildAhead:
         position_steps: Callable[[], int],
         report: Report,
         say: Callable[[str], None],
+        incidents: Callable[[], Sequence[Incident]] = tuple,
     ) -> None:
         """Takes what to build for.
 
@@ -93,11 +99,11 @@ class BuildAhead:
           position_steps: says, whenever asked, how many steps the run has done.
           report: told of progress as groups are packed.
           say: told, once, when the driver packs because the cluster has no CPU for it.
+          incidents: says, whenever asked, for what the run leaves rows out: it reads as many more at its end.
         """
         self._passes = passes.Passes(manifest)
-        self._batch_rows = spec.train.batch_rows
-        self._last_row = spec.train.total_steps * self._batch_rows
-        self._position_steps, self._report, self._told = position_steps, report, say
+        self._batch_rows, self._total_steps = spec.train.batch_rows, spec.train.total_steps
+        self._position_steps, self._incidents, self._report, self._told = position_steps, incidents, report, say
         workers_cpus = spec.cluster.num_workers * spec.cluster.cpus_per_worker
         self._stop = threading.Event()
         self._place = _place(spec, reserved_cpus=workers_cpus, say=_once(self._say), is_left=self._stop.is_set)
@@ -131,27 +137,29 @@ class BuildAhead:
 
     def _work(self) -> None:
         try:
-            while not self._stop.is_set() and not self._is_done():
-                self._stop.wait(POLL_S)
+            while not self._stop.is_set():
+                self._pack_coming()
+                self._stop.wait(POLL_S)  # also when all is packed: an incident makes the run read on
         except StorageDenied as error:
             self._say(_left_to_workers(error))
         except Exception as error:
             if not self._stop.is_set():
                 self._failure = error
 
-    def _is_done(self) -> bool:
-        """Packs what the run comes to soon; returns whether that was the last of it."""
+    def _pack_coming(self) -> None:
+        """Packs what the run comes to soon."""
         try:
-            while not passes.covers(self._passes, self._last_row):
-                row = self._position_steps() * self._batch_rows
-                wanted = passes.coming(self._passes, row, min(row + AHEAD_ROWS, self._last_row), ahead=1)
-                if not wanted or self._stop.is_set():
-                    return False
+            while not self._stop.is_set():
+                row, last_row = map(self._row_after, (self._position_steps(), self._total_steps))
+                wanted = passes.coming(self._passes, row, min(row + AHEAD_ROWS, last_row), ahead=1)
+                if not wanted:
+                    return
                 build.pack(self._passes, wanted, self._report, self._place)
         except StorageUnavailable as error:
             self._place.say(f"{error}; trying on")  # a worker that needs the rows meanwhile packs them, or ends
-            return False
-        return True
+
+    def _row_after(self, steps: int) -> int:
+        return lineage.row_after(steps, self._batch_rows, self._incidents())
 
 
 def _left_to_workers(error: StorageDenied) -> str:

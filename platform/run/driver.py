@@ -24,7 +24,7 @@ from openmoe.platform.data import build_ahead
 from openmoe.platform.run import ray_session, report, stragglers
 from openmoe.platform.run.attempt_log import AttemptLog
 from openmoe.platform.run.journal import DRIVER, Journal
-from openmoe.platform.run.lineage import Claim
+from openmoe.platform.run.lineage import Claim, Incident
 from openmoe.platform.run.report import RunReport
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
@@ -93,9 +93,9 @@ def _train(
     log.mark("build")
     write_sample_corpus(spec)
     newest = run.newest_accepted()
-    manifest, known = build_ahead.build_first(spec, newest.step if newest else 0, show, show.say)
+    manifest, known = build_ahead.build_first(spec, newest.step if newest else 0, show, show.say, run.incidents())
     attempt = Attempt(known, run, manifest.path, show, instances, log.name, log.mark)
-    with build_ahead.BuildAhead(known, manifest, attempt.position_steps, show, show.say) as ahead:
+    with build_ahead.BuildAhead(known, manifest, attempt.position_steps, show, show.say, attempt.incidents) as ahead:
         if not attempt.run(ahead.check):
             return attempt.exit_code, None
     result = report.finish(spec, run, manifest.path, attempt=log.name)
@@ -127,6 +127,7 @@ class Attempt:
         self._spec, self._run, self._manifest_path, self._show = spec, run, manifest_path, show
         self._instances, self._name, self._mark = instances, name, mark
         self._step = self._rendered_groups = 0
+        self._incidents = run.incidents()
         self._step_time_s = 0.0  # when that step ended
         self._spent: Counter[str] = Counter()
         self._last_end: tuple[str, int] | None = None
@@ -136,6 +137,10 @@ class Attempt:
     def position_steps(self) -> int:
         """Returns how many steps the run has done, as far as the driver has heard."""
         return self._step
+
+    def incidents(self) -> list[Incident]:
+        """Returns for what the run leaves rows out."""
+        return self._incidents
 
     def run(self, check: Callable[[], None]) -> bool:
         """Runs incarnations until one finishes the run, or a verdict says stop: then `exit_code` says how.
@@ -156,6 +161,7 @@ class Attempt:
             self._mark("idle", claim.incarnation)
             journal = Journal(self._run.at("journal"), incarnation=claim.incarnation, process=DRIVER)
             self._step, self._rendered_groups = self._run.step_of(claim.resumes), 0
+            self._incidents = self._run.incidents()
             steps = self._spec.train.total_steps
             self._show.say(f"incarnation {claim.incarnation} starts at step {self._step} of {steps}")
             self._show.say(f"mesh {self._spec.mesh} on {self._spec.cluster}")

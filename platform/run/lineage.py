@@ -130,6 +130,16 @@ def first_rows(row: int, steps: int, batch_rows: int, incidents: Sequence[Incide
         row += batch_rows
 
 
+def row_after(steps: int, batch_rows: int, incidents: Iterable[Incident]) -> int:
+    """Returns the row behind those of a run's first steps, given what later incarnations leave out before it."""
+    row, end = steps * batch_rows, 0
+    for lo, hi in sorted(incident.rows for incident in incidents):
+        if (begin := max(lo, end)) < min(hi, row):
+            row += hi - begin
+            end = hi
+    return row
+
+
 def valid_acceptances(
     claims: Iterable[Claim], acceptances: Iterable[Acceptance], quarantined: Iterable[int] = ()
 ) -> list[Acceptance]:

@@ -18,6 +18,7 @@ from openmoe.pipelines.storage import StorageUnavailable
 from openmoe.platform.data import build_ahead
 from openmoe.platform.data.build_ahead import BuildAhead
 from openmoe.platform.run import report, run_dir
+from openmoe.platform.run.lineage import Incident, Rows
 from openmoe.platform.run.run_dir import RunDir
 from openmoe.platform.run_file import run_length, spec
 
@@ -85,6 +86,16 @@ def wait_until(condition, timeout_s=60):
         time.sleep(0.05)
 
 
+def wait_until_built(ahead, manifest, rows):
+    """Waits until the rows [0, rows) can be read; raises what stopped the building."""
+
+    def is_built():
+        ahead.check()
+        return passes.covers(Passes(manifest), rows)
+
+    wait_until(is_built)
+
+
 def test_epochs_become_whole_steps_and_the_rest_is_left_out(first):
     _, manifest, resolved = first(2.5)
     [rows] = Passes(manifest).rows(0)
@@ -104,8 +115,7 @@ def test_the_coming_pass_is_built_while_the_run_is_in_the_one_before(first, monk
         position[0] = rows // 8 + 1
         wait_until(lambda: len(Passes(manifest).rows(0)) == 3)
         position[0] = 2 * rows // 8 + 2
-        wait_until(lambda: not ahead._thread.is_alive())
-        ahead.check()
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert Loader(manifest.path).num_rows >= 8 * resolved.train.total_steps
 
 
@@ -119,9 +129,20 @@ def test_what_the_run_comes_to_only_later_is_not_built_yet(first, monkeypatch):
         time.sleep(0.5)
         assert Passes(manifest).receipts(0)[1:] == []
         position[0] += 1
-        wait_until(lambda: not ahead._thread.is_alive())
-        ahead.check()
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert len(Passes(manifest).rows(0)) == 2
+
+
+def test_rows_that_an_incident_leaves_out_are_built_for_at_the_end(first, monkeypatch):
+    monkeypatch.setattr(build_ahead, "POLL_S", 0.05)
+    _, manifest, resolved = first(1)
+    rows, incidents = 8 * resolved.train.total_steps, []
+    assert passes.covers(Passes(manifest), rows)
+    with BuildAhead(resolved, manifest, lambda: 5, silent, silent, lambda: incidents) as ahead:
+        time.sleep(0.3)
+        assert len(Passes(manifest).rows(0)) == 1
+        incidents.append(Incident(incarnation=1, step=6, rows=Rows(40, 48), reason="loss nan", time_s=0.0))
+        wait_until_built(ahead, manifest, rows + 8)
 
 
 def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, monkeypatch):
@@ -129,8 +150,7 @@ def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, mon
     _, manifest, resolved = first(2, "cluster.cpus_per_worker=0.5")
     said = []
     with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
-        wait_until(lambda: not ahead._thread.is_alive())
-        ahead.check()
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert said == ["no CPU of the cluster was free for data within 0.2 s: the driver does it"]
     assert Loader(manifest.path).num_rows >= 8 * resolved.train.total_steps
 
@@ -142,8 +162,7 @@ def test_a_cpu_that_is_taken_just_before_the_tasks_come_does_not_stop_them(first
     _, manifest, resolved = first(1.1, "cluster.cpus_per_worker=0.5", "data.group_tokens=20000")
     said = []
     with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
-        wait_until(lambda: not ahead._thread.is_alive())
-        ahead.check()
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert said == ["the cluster did nothing for 1 s: the driver does it"]
     assert Loader(manifest.path).num_rows >= 8 * resolved.train.total_steps
 
@@ -152,7 +171,7 @@ def test_cpus_that_the_workers_need_when_they_start_again_are_not_taken(first):
     _, manifest, resolved = first(2, "cluster.cpus_per_worker=2")
     said = []
     with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
-        wait_until(lambda: not ahead._thread.is_alive())
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert said == ["the cluster has no CPU for data beside the training workers: the driver does it"]
 
 
@@ -178,8 +197,7 @@ def test_storage_that_does_not_answer_for_a_while_ends_neither_the_building_nor_
 
     monkeypatch.setattr(passes, "coming", at_the_fourth)
     with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
-        wait_until(lambda: not ahead._thread.is_alive())
-        ahead.check()
+        wait_until_built(ahead, manifest, 8 * resolved.train.total_steps)
     assert len(Passes(manifest).rows(0)) == 2
     assert said == ["gs://b/rows: cannot be listed: 503; trying on"]
 

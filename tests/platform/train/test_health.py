@@ -181,6 +181,13 @@ def test_the_steps_read_all_rows_but_those_once(spans, start):
     assert read == [row for row in range(4 * start, 400) if row not in left_out][:120]
 
 
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 5)), max_size=4))
+def test_how_far_a_run_is_counts_the_rows_that_it_left_out(spans):
+    incidents = [incident(n, 4 * lo, 4 * (lo + size)) for n, (lo, size) in enumerate(spans, 1)]
+    ends = [first + 4 for first in lineage.first_rows(0, 30, 4, incidents)]
+    assert [lineage.row_after(step, 4, incidents) for step in range(31)] == [0, *ends]
+
+
 def accepted(number, incarnation, next_row):
     return Acceptance(
         number=number, incarnation=incarnation, step=number, next_row=next_row, checkpoint="", digest="",
