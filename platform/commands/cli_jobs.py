@@ -118,7 +118,7 @@ def show(job: JobId, as_json: Json = False) -> None:
     rows = [
         ("state", _state(found) + (f": {reason}" if reason else "")),
         ("attempt", str(found.attempt) + (f", in Ray {found.submission_id}" if found.attempt else "")),
-        ("restarts", spent or "none"),
+        ("budgets spent", spent or "none"),
         ("cluster", found.cluster + (" (does not answer)" if found.cluster_lost else "")),
         ("run directory", found.run_dir),
         ("checkpoint", f"step {newest.step:,}" if newest else "none yet"),
@@ -272,8 +272,8 @@ def _as_json(job: "Job") -> dict[str, Any]:
     """All of a job but its files."""
     from dataclasses import asdict
 
-    values = {key: value for key, value in asdict(job).items() if key not in ("run_file", "cluster_file")}
-    return values | {"submission_id": job.submission_id if job.attempt else None}
+    values = {key: value for key, value in asdict(job).items() if key not in ("run_file", "cluster_file", "restarts")}
+    return values | {"spent": job.spent, "submission_id": job.submission_id if job.attempt else None}
 
 
 def _report(job: "Job", line: str, *, as_json: bool) -> None:

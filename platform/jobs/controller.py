@@ -282,7 +282,12 @@ class Controller:
             judged = attempt_end.judge(end)
             self._apply(
                 job_events.AttemptEnded(
-                    **same, outcome=judged.outcome, verdict=judged.verdict, step=end.step, decided=judged.decided
+                    **same,
+                    outcome=judged.outcome,
+                    verdict=judged.verdict,
+                    step=end.step,
+                    decided=judged.decided,
+                    forgets=True,
                 )
             )
 

@@ -29,7 +29,7 @@ that no job waits for, is one of the `strays`, which are stopped. Time is in the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from openmoe.platform.jobs.job_events import (
@@ -54,7 +54,7 @@ from openmoe.platform.jobs.job_events import (
     WindowClosed,
 )
 from openmoe.platform.run import verdict as verdicts
-from openmoe.platform.run.verdict import Cause, Verdict
+from openmoe.platform.run.verdict import Cause, Restart, Verdict
 
 JobState = Literal["queued", "starting", "running", "stopping", "succeeded", "failed", "cancelled"]
 ACTIVE: frozenset[JobState] = frozenset({"starting", "running", "stopping"})
@@ -78,7 +78,7 @@ class Job(JobRequest):
       next: where a stopping job goes when it has stopped.
       attempt: number of the newest attempt; 0 before the first.
       accepted: Ray has the submission of this attempt.
-      spent: restarts made, by cause.
+      restarts: that were made and still counted against their budgets at the newest end.
       setbacks: faults and refused submissions in a row without progress; the pause grows with them.
       last_end: (trace, step) of the newest end that left a trace, for `verdict.same_end`.
       last_step: of the newest accepted checkpoint at the newest fault; evictions leave it alone.
@@ -98,7 +98,7 @@ class Job(JobRequest):
     next: JobState | None = None
     attempt: int = 0
     accepted: bool = False
-    spent: Mapping[str, int] = field(default_factory=dict)
+    restarts: tuple[Restart, ...] = ()
     setbacks: int = 0
     last_end: tuple[str, int] | None = None
     last_step: int | None = None
@@ -114,6 +114,11 @@ class Job(JobRequest):
     def submission_id(self) -> str:
         """The Ray submission of the newest attempt."""
         return f"{self.id}-{self.attempt}"
+
+    @property
+    def spent(self) -> dict[str, int]:
+        """What counts against the budgets, by cause."""
+        return verdicts.spent(self.restarts)
 
     @property
     def story(self) -> str:
@@ -261,6 +266,8 @@ def _at_work(job: Job, event: Event) -> tuple[Job, list[Action]]:
         case RaySaw():
             return job, []
         case AttemptEnded():
+            if event.forgets:
+                job = replace(job, restarts=verdicts.counting(job.restarts, event.step, event.time_s))
             return _judged(job, event, event.verdict or _UNSAID[event.outcome], event.step, decided=event.decided), []
         case CancelAsked(why=why) | WindowClosed(why=why):
             stopping = replace(job, state="stopping", next="cancelled", reason=why, not_before_s=0.0)
@@ -298,7 +305,7 @@ def _stopping(job: Job, event: Event) -> tuple[Job, list[Action]]:
 def _done(job: Job, event: Event) -> tuple[Job, list[Action]]:
     match event:
         case RetryAsked() if job.state != "succeeded":
-            fresh = replace(job, state="queued", spent={}, setbacks=0, last_end=None, last_step=None, trace="")
+            fresh = replace(job, state="queued", restarts=(), setbacks=0, last_end=None, last_step=None, trace="")
             return replace(fresh, reason="asked to try again", not_before_s=0.0, stop_at_s=None), []
         case ClusterLost() | ClusterFound() | WindowClosed():
             return job, []
@@ -359,7 +366,7 @@ def _judged(job: Job, event: Event, verdict: Verdict, step: int = 0, *, decided:
     setbacks = job.setbacks if evicted else job.setbacks + 1 if stuck else 1
     return replace(
         _end(job, "queued", decision.reason),
-        spent={**job.spent, verdict.cause: job.spent.get(verdict.cause, 0) + 1},
+        restarts=(*job.restarts, Restart(verdict.cause, step, event.time_s)),
         setbacks=setbacks,
         last_end=(verdict.trace, step) if verdict.trace else job.last_end,
         last_step=job.last_step if evicted else step,

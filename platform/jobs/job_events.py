@@ -160,12 +160,15 @@ class AttemptEnded(SubmissionEvent):
       verdict: why it did not succeed; None counts as unknown, or as an operator's for "stopped".
       step: of the newest accepted checkpoint; 0 for none.
       decided: the driver journalled this verdict and decided by itself to stop; nobody decides again.
+      forgets: earlier restarts count as `verdict.counting` says. All counted when earlier versions recorded this, and
+        a job must not come back to life because its events are replayed.
     """
 
     outcome: Literal["succeeded", "failed", "stopped"]
     verdict: Verdict | None = None
     step: int = 0
     decided: bool = False
+    forgets: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import contextlib
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -27,7 +26,18 @@ from openmoe.platform.run.journal import DRIVER, Journal
 from openmoe.platform.run.lineage import Claim, Incident
 from openmoe.platform.run.report import RunReport
 from openmoe.platform.run.run_dir import RunDir
-from openmoe.platform.run.verdict import Decision, Evidence, Failure, Verdict, decide, diagnose, same_end
+from openmoe.platform.run.verdict import (
+    Decision,
+    Evidence,
+    Failure,
+    Restart,
+    Verdict,
+    counting,
+    decide,
+    diagnose,
+    same_end,
+    spent,
+)
 from openmoe.platform.run_file import run_length, spec_paths, validate
 from openmoe.platform.run_file.spec import RunSpec
 from openmoe.platform.train import cadence, health, init_source, memory_kills, stacks
@@ -129,7 +139,7 @@ class Attempt:
         self._step = self._rendered_groups = 0
         self._incidents = run.incidents()
         self._step_time_s = 0.0  # when that step ended
-        self._spent: Counter[str] = Counter()
+        self._restarts: tuple[Restart, ...] = ()  # that count
         self._last_end: tuple[str, int] | None = None
         self._next_board: Any = None
         self.exit_code = 0
@@ -255,16 +265,17 @@ class Attempt:
     def _judge(self, claim: Claim, journal: Journal, verdict: Verdict) -> Decision:
         """Decides what follows an incarnation, and journals why."""
         newest = self._run.newest_accepted()
-        step = newest.step if newest else 0
+        step, now_s = newest.step if newest else 0, time.time()
+        self._restarts = counting(self._restarts, step, now_s)
         decision = decide(
             verdict,
             self._spec.budgets.model_dump(),
-            self._spent,
+            spent(self._restarts),
             same_trace_without_progress=same_end(self._last_end, verdict.trace, step),
         )
         if verdict.trace:
             self._last_end = (verdict.trace, step)
-        self._spent[verdict.cause] += 1
+        self._restarts += (Restart(verdict.cause, step, now_s),)
         self._show.say(f"incarnation {claim.incarnation} ended, {decision.action}: {decision.reason}")
         for sentence in verdict.evidence:
             self._show.say(f"  {sentence}")
@@ -275,7 +286,7 @@ class Attempt:
             self._run.quarantine(claim.resumes, verdict.reason)
         if verdict.cause == "bad_numbers" and decision.action == "retry":
             self._rewind(claim)
-        record = {"event": "ended", "time_s": time.time(), "step": self._step, "attempt": self._name}
+        record = {"event": "ended", "time_s": now_s, "step": self._step, "attempt": self._name}
         record["step_time_s"] = self._step_time_s
         if verdict.cause == "hang" and (found := stacks.kept(self._run, claim.incarnation)):
             record["stacks"] = found

@@ -7,9 +7,10 @@ hides another: a process that lost its peer is a consequence, so any first-hand 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Cause = Literal[
     "preemption",
@@ -271,6 +272,36 @@ def same_end(last: tuple[str, int] | None, trace: str, step: int) -> bool:
     return _INCIDENTAL.sub("", trace) == _INCIDENTAL.sub("", last[0])
 
 
+FORGOTTEN_AFTER_S = 24 * 3600.0
+
+
+class Restart(NamedTuple):
+    """That something was started again."""
+
+    cause: Cause
+    step: int  # of the newest accepted checkpoint, then
+    time_s: float  # Unix time
+
+
+def counting(restarts: Iterable[Restart], step: int, time_s: float) -> tuple[Restart, ...]:
+    """Returns the restarts that still count against their budgets: of the last day, and since the run got no further.
+
+    So a run of months needs no budget for all of them, one that gets nowhere ends however slowly it fails, and one that
+    fails after each checkpoint does so no more often in a day than its budgets allow.
+
+    Args:
+      restarts: those that counted so far.
+      step: of the newest accepted checkpoint.
+      time_s: Unix time.
+    """
+    return tuple(r for r in restarts if step <= r.step or time_s - r.time_s < FORGOTTEN_AFTER_S)
+
+
+def spent(restarts: Iterable[Restart]) -> dict[str, int]:
+    """Returns how many restarts there are of each cause."""
+    return dict(Counter(restart.cause for restart in restarts))
+
+
 # A quarantined checkpoint is never tried again, so these restarts are bounded by the checkpoints there are.
 UNBUDGETED: frozenset[Cause] = frozenset({"damaged_checkpoint"})
 FINAL: frozenset[Cause] = frozenset({"operator", "superseded", "bad_input"})
@@ -288,7 +319,7 @@ def decide(
     Args:
       verdict: of the incarnation that just ended.
       budgets: restarts allowed, by cause.
-      spent: restarts already made, by cause.
+      spent: restarts that count (see `counting`), by cause.
       same_trace_without_progress: see `same_end`.
     """
     cause = verdict.cause

@@ -67,7 +67,7 @@ class HealthConfig(Section):
     on_bad_numbers: Literal["stop", "skip", "rewind"] = Field(
         default="stop",
         description="stop: the attempt ends, or starts again as budgets.bad_numbers says. skip: an update that is not "
-        "finite is not made. rewind: back to the checkpoint before, on without those rows, budgets.bad_numbers times.",
+        "finite is not made. rewind: back to the checkpoint before, on without those rows, within the same budget.",
     )
     max_skips: int = Field(default=5, ge=0, description="Updates in a row that may be skipped.")
     spike_score: float | None = Field(
@@ -264,7 +264,10 @@ class ClusterConfig(Section):
 
 
 class BudgetsConfig(Section):
-    """Restarts each cause may cost before the run is given up; bad input is never retried."""
+    """Restarts each cause may cost before the run is given up; bad input is never retried.
+
+    One counts for a day, and as long as the newest checkpoint is no further than at the time.
+    """
 
     preemption: int = Field(default=1000, ge=0, description="The provider took the machines back.")
     lost_slice: int = Field(default=100, ge=0, description="A TPU slice lost a host, or all, without notice.")

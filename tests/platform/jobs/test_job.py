@@ -341,6 +341,19 @@ def test_each_cause_spends_its_own_budget_and_the_spent_one_ends_the_job():
     assert job.reason == "budgets.host_fault is spent (2 of 2): it was host_fault"
 
 
+def test_a_fault_is_forgotten_after_a_day_with_progress_and_no_sooner():
+    a_day_apart = [ended("host_fault", step=n, time_s=200.0 + 86_400 * n, forgets=True) for n in range(9)]
+    job = lives(*a_day_apart)
+    assert (job.state, job.attempt, job.spent) == ("queued", 9, {"host_fault": 1})
+    stuck = lives(*[replace(end, step=0) for end in a_day_apart[:3]])
+    assert (stuck.state, stuck.reason) == ("failed", "budgets.host_fault is spent (2 of 2): it was host_fault")
+
+
+def test_a_job_that_earlier_versions_ended_stays_ended_when_its_events_are_read_again():
+    a_day_apart = [ended("host_fault", step=n, time_s=200.0 + 86_400 * n) for n in range(3)]
+    assert lives(*a_day_apart).state == "failed"
+
+
 def test_the_same_trace_twice_without_progress_ends_the_job_with_the_trace_shown():
     boom = ended("host_fault", step=40, trace="boom")
     job = lives(boom, boom)
@@ -495,7 +508,7 @@ class Life:
             assert self.job is before or self.job.not_before_s == 0.0
 
     def wait_out_the_pause(self, rng):
-        self.clock_s = self.job.not_before_s
+        self.clock_s = self.job.not_before_s + rng.choice([0.0, 86_400.0])
 
     def admit(self, rng):
         self.record(Admitted)
@@ -577,7 +590,8 @@ class Life:
         cause = rng.choice(CAUSES) if status else "cluster_lost"
         trace = rng.choice(["", "boom"]) if cause not in ("preemption", "cluster_lost") else ""
         verdict = Verdict(cause=cause, reason="so", trace=trace) if cause else None
-        return {"outcome": outcome, "verdict": verdict, "step": rng.randrange(3), "decided": rng.random() < 0.1}
+        said = {"outcome": outcome, "verdict": verdict, "step": rng.randrange(3), "forgets": True}
+        return said | {"decided": rng.random() < 0.1}
 
     def lose_the_cluster(self, rng):
         self.reachable = self.looked = False
@@ -620,6 +634,7 @@ class Life:
         }
 
     def check(self):
+        assert all(number <= BUDGETS[cause] for cause, number in self.job.spent.items())
         if self.looked and not self.job.abandoned:
             assert self.alive() in ([], [self.job.submission_id])
             assert not self.alive() or self.job.state in ACTIVE

@@ -4,7 +4,7 @@ import pytest
 
 from openmoe.pipelines.config import DataError
 from openmoe.platform.commands.progress import ProgressReport
-from openmoe.platform.run import driver, hosts
+from openmoe.platform.run import driver, hosts, verdict
 from openmoe.platform.run.board import Board
 from openmoe.platform.run.driver import Attempt
 from openmoe.platform.run.journal import Journal, read
@@ -121,6 +121,14 @@ def test_deaths_of_machines_at_one_step_are_no_proof_of_anything(attempt):
     finished, _, _, ended = attempt(DEATH, DEATH, DEATH, None)
     assert finished
     assert [e["cause"] for e in ended] == ["host_fault"] * 3
+
+
+def test_a_run_that_goes_on_for_months_outlives_its_budget_of_faults(attempt, monkeypatch):
+    monkeypatch.setattr(verdict, "FORGOTTEN_AFTER_S", 0.0)  # a day has passed at once
+    ends = [end for step in range(1, 15) for end in (step, DEATH)]
+    finished, _, _, ended = attempt(*ends, None)
+    assert finished
+    assert {e["decision"]["reason"].split(":")[0] for e in ended} == {"host_fault 1 of 10"}
 
 
 def test_the_end_of_a_stuck_worker_names_the_file_that_says_where_its_threads_stood(attempt, tmp_path):

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openmoe.platform.run.verdict import CAUSE_OF_KIND, Evidence, Failure, Host, Verdict, decide, diagnose, same_end
+from openmoe.platform.run.verdict import (
+    CAUSE_OF_KIND,
+    Evidence,
+    Failure,
+    Host,
+    Restart,
+    Verdict,
+    counting,
+    decide,
+    diagnose,
+    same_end,
+    spent,
+)
 
 BUDGETS = {
     "preemption": 1000, "lost_slice": 9, "host_fault": 2, "hang": 3, "out_of_memory": 1, "bad_numbers": 0,
@@ -182,6 +194,60 @@ def test_the_order_of_reports_never_changes_the_cause(reports, random):
 )
 def test_each_cause_spends_its_own_budget(cause, spent, action):
     assert decide(Verdict(cause=cause, reason=""), BUDGETS, spent).action == action
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("restart", "step", "time_s", "counts"),
+    [
+        (Restart("host_fault", 40, 100.0), 40, 100.0, True),
+        (Restart("host_fault", 40, 100.0), 41, 99.0 + DAY_S, True),  # further, and of this day
+        (Restart("host_fault", 40, 100.0), 40, 100.0 + 90 * DAY_S, True),  # long ago, and no further
+        (Restart("bad_numbers", 40, 100.0), 20, 100.0 + DAY_S, True),  # it went back
+        (Restart("host_fault", 40, 100.0), 41, 100.0 + DAY_S, False),
+        (Restart("host_fault", 40, 100.0), 41, 0.0, True),  # the clock was set back
+    ],
+)
+def test_a_restart_counts_for_a_day_and_until_the_run_has_come_further(restart, step, time_s, counts):
+    assert counting([restart], step, time_s) == ((restart,) if counts else ())
+
+
+def starts_again(ends):
+    """Which of these ends, each (cause, hours since the one before, steps gained), are followed by a restart."""
+    restarts, step, time_s, again = (), 0, 0.0, []
+    for cause, hours, gained in ends:
+        step, time_s = step + gained, time_s + 3600 * hours
+        restarts = counting(restarts, step, time_s)
+        if decide(Verdict(cause=cause, reason=""), BUDGETS, spent(restarts)).action == "stop":
+            break
+        restarts = (*restarts, Restart(cause, step, time_s))
+        again.append((cause, time_s))
+    return again
+
+
+def test_ninety_days_with_a_fault_each_are_no_end_and_three_faults_in_one_day_are():
+    assert len(starts_again([("host_fault", 24, 50)] * 90)) == 90
+    assert len(starts_again([("host_fault", 8, 50)] * 90)) == 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["host_fault", "hang", "out_of_memory"]), st.integers(0, 40), st.integers(0, 2)),
+        max_size=60,
+    )
+)
+def test_no_cause_restarts_a_run_more_often_in_a_day_than_its_budget(ends):
+    again = starts_again(ends)
+    for cause, now_s in again:
+        assert sum(other == cause and now_s - DAY_S < at_s <= now_s for other, at_s in again) <= BUDGETS[cause]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["host_fault", "hang", "out_of_memory"]), st.integers(0, 999), st.just(0))))
+def test_a_run_that_gets_nowhere_ends_however_slowly_it_fails(ends):
+    again = [cause for cause, _ in starts_again(ends)]
+    assert all(again.count(cause) <= BUDGETS[cause] for cause in again)
 
 
 @pytest.mark.parametrize(
