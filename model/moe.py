@@ -121,7 +121,7 @@ def mixture_of_experts(
         capacity = config.capacity(train=train, group_size=groups.size)
         routed, y = _within_capacity(tokens, choices, experts, config, capacity)
     if config.router == "sigmoid":
-        scores /= jnp.sum(scores, axis=-1, keepdims=True)
+        scores = routing.shares(scores)
     statistics = jax.vmap(routing.statistics)(logits, scores, choices.asks, routed)
     if tensor is not None:
         y = jax.lax.psum(y, tensor)

@@ -21,6 +21,8 @@ from openmoe.model.config import ModelConfig
 from openmoe.model.layers import Kernel
 from openmoe.model.parameters import Normal, Zeros, declare
 
+LEAST_SUM = 1e-18  # of a token's scores, to divide by
+
 
 class Choices(NamedTuple):
     """What a group's tokens ask for."""
@@ -49,6 +51,20 @@ def scores(logits: Array, config: ModelConfig) -> Array:
     return jax.nn.softmax(logits) if config.router == "softmax" else jax.nn.sigmoid(logits)
 
 
+def shares(scores: Array) -> Array:
+    """Divides scores by their sum over the last axis; where sigmoids are so small that they have none, they stay so.
+
+    Below about -41 in every logit the sum's square, by which the derivative divides, leaves float32, and then the sum.
+
+    Args:
+      scores: float32[..., n], none below 0.
+
+    Returns:
+      float32[..., n].
+    """
+    return scores / jnp.maximum(jnp.sum(scores, axis=-1, keepdims=True), LEAST_SUM)
+
+
 def choose(scores: Array, bias: Array | None, real: Array, config: ModelConfig) -> Choices:
     """Lets each token choose its top_k experts; equal scores go to the lower expert.
 
@@ -64,7 +80,7 @@ def choose(scores: Array, bias: Array | None, real: Array, config: ModelConfig) 
         _, expert_index = jax.lax.top_k(jax.lax.stop_gradient(scores + bias), config.top_k)
         gate = jnp.take_along_axis(scores, expert_index, axis=-1)
     if config.renormalize_gates:
-        gate /= jnp.sum(gate, axis=-1, keepdims=True)
+        gate = shares(gate)
     if config.route_padding:
         return Choices(expert_index, gate, None)
     return Choices(jnp.where(real[:, None], expert_index, config.num_experts), gate, real)

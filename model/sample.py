@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from openmoe.model import decode, sharding
 from openmoe.model.config import ModelConfig
 
+LEAST_TEMPERATURE = 1e-30  # a logit over less may be infinite in float32; at this the likeliest token is certain
 _LEAST_WIDTH = 16  # of the prompts, BOS included; wider ones are padded to the next power of two
 
 
@@ -25,7 +26,7 @@ class Sampling:
     """How a token is drawn. The filters apply one after the other, in the order given here.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits; 0 takes the likeliest token, and so does what is too small to divide by.
       top_k: draws from so many likeliest tokens only, equal ones by id; 0 draws from all.
       top_p: draws from the fewest likeliest tokens that together have this probability (arXiv:1904.09751).
     """
@@ -171,7 +172,7 @@ def draw(logits: Array, keys: Array, sampling: Sampling) -> Array:
       int32[b].
     """
     logits = logits.at[:, decode.BOS_ID].set(-jnp.inf)
-    if sampling.temperature == 0:
+    if sampling.temperature < LEAST_TEMPERATURE:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     categorical = jax.vmap(jax.random.categorical)

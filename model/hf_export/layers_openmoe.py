@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MASKED = -1e10
+LEAST_SUM = 1e-18  # of a token's scores, to divide by: those of a sigmoid may all be 0
 
 
 class Routed(NamedTuple):
@@ -62,13 +63,13 @@ def route(logits, bias, asks, capacity, config):
     num_experts, top_k = config.num_experts, config.router_topk
     is_sigmoid = config.router_scores == "sigmoid"
     scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
-    shares = scores / scores.sum(-1, keepdim=True) if is_sigmoid else scores
+    shares = scores / scores.sum(-1, keepdim=True).clamp(min=LEAST_SUM) if is_sigmoid else scores
     ranking = scores if bias is None else scores + bias.float()
     # A stable sort, not topk: equal scores, such as padding has, go to the lower expert.
     expert_index = ranking.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     gate = scores.gather(-1, expert_index)
     if config.router_renormalize_gates:
-        gate = gate / gate.sum(-1, keepdim=True)
+        gate = gate / gate.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
     expert_index = expert_index.masked_fill(~asks[..., None], num_experts)
     kept = asks[..., None].expand_as(expert_index)
     if capacity is not None:

@@ -130,6 +130,25 @@ def test_a_sigmoid_router_weighs_each_expert_by_itself():
     np.testing.assert_allclose(routing.scores(logits, replace(TINY, router="sigmoid")), [[0.5, 0.75, 0.25]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("logit", "wanted"),
+    [(0.0, 0.5), (-40.0, 0.5), (-50.0, 1.9287498e-4), (-110.0, 0.0)],  # exp(-50) / 1e-18, and exp(-110) is 0
+)
+def test_renormalised_sigmoids_too_small_to_be_summed_are_finite_and_so_is_their_gradient(logit, wanted):
+    config = replace(TINY, router="sigmoid", renormalize_gates=True)
+
+    @jax.jit
+    @jax.value_and_grad
+    def first_gate(logits):
+        scores = routing.scores(logits, config)
+        gate = routing.choose(scores, None, jnp.ones(1, bool), config).gate
+        return gate[0, 0] + 0 * jnp.sum(routing.shares(scores))
+
+    gate, gradient = first_gate(jnp.full((1, 4), logit))
+    np.testing.assert_allclose(gate, wanted, rtol=1e-5)
+    assert np.isfinite(gradient).all()
+
+
 def test_a_bias_changes_who_is_chosen_and_not_the_gates():
     scores = jnp.asarray([[0.5, 0.3, 0.2, 0.1]])
     bias, real = jnp.asarray([0.0, 0.0, 0.0, 1.0]), jnp.ones(1, bool)

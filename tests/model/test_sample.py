@@ -89,6 +89,9 @@ PROBS = [0.1, 0.4, 0.2, 0.25, 0.05]
     [
         ({}, {1, 2, 3, 4, 5}),
         ({"temperature": 0.0}, {2}),
+        ({"temperature": 1e-30}, {2}),
+        ({"temperature": 1e-38}, {2}),  # by which float32 cannot divide
+        ({"temperature": 1e-320, "top_p": 0.5}, {2}),
         ({"top_k": 1}, {2}),
         ({"top_k": 3}, {2, 3, 4}),
         ({"top_k": 99}, {1, 2, 3, 4, 5}),
