@@ -70,7 +70,7 @@ FILES = (
     "train.saver", "train.stacks", "train.train_loop", "train.train_step", "train.wandb_curves", "train.watchdog",
     "train.compile_ahead",
     "run.attempt_log", "run.goodput_records", "run.instances", "run.journal", "run.ledger_data", "run.report",
-    "run.run_dir",
+    "run.rewind", "run.run_dir",
     "dashboard.accounts", "dashboard.curves", "dashboard.follow", "dashboard.incidents", "dashboard.summary",
     "dashboard.views", "dashboard.watch",
 )  # fmt: skip

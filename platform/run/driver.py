@@ -20,7 +20,7 @@ from openmoe.clusters.provider import Instance
 from openmoe.pipelines.config import DataError
 from openmoe.platform.commands.progress import ProgressReport
 from openmoe.platform.data import build_ahead
-from openmoe.platform.run import ray_session, report, stragglers
+from openmoe.platform.run import ray_session, report, rewind, stragglers
 from openmoe.platform.run.attempt_log import AttemptLog
 from openmoe.platform.run.journal import DRIVER, Journal
 from openmoe.platform.run.lineage import Claim, Incident
@@ -40,7 +40,7 @@ from openmoe.platform.run.verdict import (
 )
 from openmoe.platform.run_file import run_length, spec_paths, validate
 from openmoe.platform.run_file.spec import RunSpec
-from openmoe.platform.train import cadence, health, init_source, memory_kills, stacks
+from openmoe.platform.train import cadence, init_source, memory_kills, stacks
 
 LOOK_AT_PACES_S = 30.0
 
@@ -165,6 +165,8 @@ class Attempt:
 
         slices = slice_watch.SliceWatch(self._show.say)
         while True:
+            if self._spec.health.on_bad_numbers == "rewind":
+                rewind.go_back(self._run, self._show.say)
             self._mark("capacity", 0)
             hosts.wait_for_slices(self._spec.cluster, self._show.say, slices.settled)
             claim = self._run.claim()
@@ -284,8 +286,6 @@ class Attempt:
         # Said first: it may be the disk that ends the run.
         if verdict.cause == "damaged_checkpoint":
             self._run.quarantine(claim.resumes, verdict.reason)
-        if verdict.cause == "bad_numbers" and decision.action == "retry":
-            self._rewind(claim)
         record = {"event": "ended", "time_s": now_s, "step": self._step, "attempt": self._name}
         record["step_time_s"] = self._step_time_s
         if verdict.cause == "hang" and (found := stacks.kept(self._run, claim.incarnation)):
@@ -294,15 +294,6 @@ class Attempt:
         journal.append({**record, **asdict(verdict), "decision": asdict(decision)})
         journal.flush()
         return decision
-
-    def _rewind(self, claim: Claim) -> None:
-        """Has the next incarnation begin before the numbers went bad, and leave out the rows, if that is the policy."""
-        incident = health.incident_of(self._run.events(), claim.incarnation)
-        if self._spec.health.on_bad_numbers == "rewind" and incident:
-            self._run.add_incident(incident)
-            lo, hi = incident.rows
-            start = self._run.newest_accepted()
-            self._show.say(f"  goes back to step {start.step if start else 0}, and leaves out rows [{lo}, {hi})")
 
 
 class _Paces:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from openmoe.platform.run.lineage import Incident, Rows
@@ -74,25 +74,43 @@ def spike_score(losses: Sequence[float], config: HealthConfig) -> float | None:
     return score if score >= config.spike_score else None
 
 
+def history_steps(config: HealthConfig) -> int:
+    """Returns of how many steps the records are needed to go on as if the run had not been interrupted."""
+    of_spikes = config.spike_window_steps + config.spike_steps if config.spike_score else 0
+    return max(of_spikes, config.max_skips if config.on_bad_numbers == "skip" else 0)
+
+
 class Numbers:
     """Finds bad numbers in the records of steps, given one after the other."""
 
-    def __init__(self, config: HealthConfig, history: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Takes the settings, and the records of the steps before, along the line of truth."""
-        self._config = config
-        self._losses = [r["loss"] for r in history[-self._span :] if math.isfinite(r["loss"])]
+    def __init__(
+        self,
+        config: HealthConfig,
+        history: Iterable[Mapping[str, Any]] = (),
+        stage_ends: Collection[int] = (),
+    ) -> None:
+        """Takes what to look for, and how far the run has come.
+
+        Args:
+          config: the settings.
+          history: records of the newest `history_steps` steps along the line of truth, oldest first.
+          stage_ends: rows with which another mixture begins, whose loss is another.
+        """
+        self._config, self._stage_ends = config, stage_ends
+        self._losses: list[float] = []
         self._skips = 0  # in a row
+        for record in history:
+            self.add(record)
 
     @property
     def _span(self) -> int:
         return self._config.spike_window_steps + self._config.spike_steps
 
-    def begin_anew(self) -> None:
-        """Forgets the losses so far: those to come are of another kind."""
-        self._losses.clear()
-
     def add(self, record: Mapping[str, Any]) -> Finding | None:
         """Takes the record of a step; returns what is bad about it, if anything is."""
+        lo, hi = record["rows"]
+        if any(lo <= end < hi for end in self._stage_ends):
+            self._losses.clear()
         loss, before = record["total_loss"], self._config.guilty_steps_before
         if record.get("update_skipped"):
             self._skips += 1
@@ -158,8 +176,9 @@ def load_entropy(shares: Sequence[float]) -> float:
 
 
 def incident_of(events: Iterable[Mapping[str, Any]], incarnation: int) -> Incident | None:
-    """Returns the bad numbers that an incarnation journalled before it ended, or None."""
-    found = [e for e in events if e["incarnation"] == incarnation and e["event"] == "bad_numbers"]
+    """Returns the bad numbers that an incarnation has ended of, as it journalled them, or None."""
+    of_it = (e for e in events if e["incarnation"] == incarnation and e["event"] == "bad_numbers")
+    found = [e for e in of_it if e.get("ends", True)]  # earlier versions did not say
     if not found:
         return None
     last = found[-1]

@@ -27,13 +27,12 @@ class HealthWatch:
     """
 
     def __init__(self, spec: RunSpec, run: RunDir) -> None:
-        """Reads the losses before, if spikes are looked for."""
+        """Reads as many of the records before as it takes."""
         self.skips = spec.health.on_bad_numbers == "skip"
-        steps = spec.health.spike_window_steps + spec.health.spike_steps if spec.health.spike_score else 0
-        self._numbers = health.Numbers(spec.health, [*itertools.islice(run.newest_steps(), steps)][::-1])
+        history = [*itertools.islice(run.newest_steps(), health.history_steps(spec.health))][::-1]
+        stage_ends = {(stage.until_tokens or 0) // spec.data.seq_len for stage in spec.data.stages[:-1]}
+        self._numbers = health.Numbers(spec.health, history, stage_ends)
         self._alarms = health.Alarms(spec.health)
-        stages = spec.data.stages[:-1]
-        self._stage_ends = {(stage.until_tokens or 0) // spec.data.seq_len for stage in stages}
 
     def check(self, record: dict[str, Any], event: Callable[..., None]) -> None:
         """Takes the record of a step.
@@ -41,9 +40,6 @@ class HealthWatch:
         Raises:
           BadNumbers: on which the run's policy is not to go on.
         """
-        lo, hi = record["rows"]
-        if any(lo <= end < hi for end in self._stage_ends):
-            self._numbers.begin_anew()  # another mixture has another loss
         if record.get("update_skipped"):
             numbers = {name: str(record[name]) for name in ("total_loss", "grad_norm")}  # no JSON has a NaN
             event("update_skipped", step=record["step"], rows=record["rows"], **numbers)
@@ -51,8 +47,10 @@ class HealthWatch:
             event("alarm", **alarm)
         if (found := self._numbers.add(record)) is None:
             return
-        event("bad_numbers", step=found.step, rows=list(found.rows), what=found.what, is_spike=found.is_spike)
-        if not (found.is_spike and self.skips):  # that update was made a step ago
+        ends = not (found.is_spike and self.skips)  # that update was made a step ago
+        facts = {"rows": list(found.rows), "what": found.what, "is_spike": found.is_spike, "ends": ends}
+        event("bad_numbers", step=found.step, **facts)
+        if ends:
             raise found.error()
 
 

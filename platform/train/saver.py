@@ -136,7 +136,8 @@ class Saver:
             what = f"{interop.listed(examined.not_finite)}: holds numbers that are not finite; it is not saved"
             guilty = (1 + self._spec.health.guilty_steps_before) * self._spec.train.batch_rows
             rows = [max(position.next_row - guilty, 0), position.next_row]
-            self._recorder.event("bad_numbers", step=position.step, rows=rows, what=what, is_spike=False)
+            facts = {"rows": rows, "what": what, "is_spike": False, "ends": True}
+            self._recorder.event("bad_numbers", step=position.step, **facts)
             raise NonFiniteState(f"step {position.step}: {what}")
         acceptance = Acceptance(
             number=max((a.number for a in self._run.acceptances()), default=0) + 1,

@@ -28,7 +28,7 @@ def attempt(tmp_path, monkeypatch, capsys):
     """Returns a function that plays an attempt whose incarnations end as told, then what it printed and journalled.
 
     An end is evidence, None for a finished run, or something that is raised; a number before it is a step that was
-    accepted first.
+    accepted first, a dict an event that is journalled.
     """
 
     def play(*ends, overrides=()):
@@ -38,10 +38,16 @@ def attempt(tmp_path, monkeypatch, capsys):
         left = list(ends)
 
         def incarnate(self, claim, journal, check):
-            if isinstance(left[0], int):
+            while isinstance(left[0], int | dict):
                 step = left.pop(0)
+                if isinstance(step, dict):
+                    journal.append({"time_s": 1.0, **step})
+                    journal.flush()
+                    continue
+                checkpoint = f"checkpoints/{claim.incarnation:06d}/{step}"
+                (tmp_path / "run" / checkpoint).mkdir(parents=True)
                 run.accept(Acceptance(
-                    number=1, incarnation=claim.incarnation, step=step, next_row=step, checkpoint="", digest="",
+                    number=1, incarnation=claim.incarnation, step=step, next_row=step, checkpoint=checkpoint, digest="",
                     ledger_head="", data_id="",
                 ))  # fmt: skip
             end = left.pop(0)
@@ -81,19 +87,13 @@ def test_a_spent_budget_ends_the_attempt_with_exit_code_1_and_the_trace(attempt)
     assert "KeyError: 'no such layer'\n" in said
 
 
-def test_bad_numbers_are_rewound_within_their_budget_and_the_rows_left_out(attempt, tmp_path, monkeypatch):
-    spiked = Evidence(failures=(Failure(rank=0, kind="bad_numbers", text="LossSpike: step 31, rows 28..31"),))
-    judge = Attempt._judge
+REWIND = ("health.on_bad_numbers=rewind", "budgets.bad_numbers=1")
+SPIKE = {"event": "bad_numbers", "step": 31, "rows": [28, 32], "what": "loss 9.0", "is_spike": True}
+SPIKED = Evidence(failures=(Failure(rank=0, kind="bad_numbers", text="LossSpike: step 31, rows 28..31"),))
 
-    def journal_first(self, claim, journal, verdict):
-        facts = {"step": 31, "rows": [28, 32], "what": "loss 9.0", "is_spike": True}
-        journal.append({"event": "bad_numbers", "time_s": 1.0, **facts})
-        journal.flush()
-        return judge(self, claim, journal, verdict)
 
-    monkeypatch.setattr(Attempt, "_judge", journal_first)
-    overrides = ["health.on_bad_numbers=rewind", "budgets.bad_numbers=1"]
-    finished, _, said, ended = attempt(20, spiked, None, overrides=overrides)
+def test_bad_numbers_are_rewound_within_their_budget_and_the_rows_left_out(attempt, tmp_path):
+    finished, _, said, ended = attempt(20, 30, SPIKE, SPIKED, None, overrides=REWIND)
     run = RunDir(f"{tmp_path}/run")
     assert finished
     assert ended[0]["decision"]["action"] == "retry"
@@ -101,6 +101,42 @@ def test_bad_numbers_are_rewound_within_their_budget_and_the_rows_left_out(attem
     assert (incident.incarnation, incident.rows, incident.reason) == (1, (28, 32), "step 31: loss 9.0")
     assert run.claims()[-1].resumes == 1
     assert "  goes back to step 20, and leaves out rows [28, 32)" in said
+
+
+def test_bad_numbers_on_record_are_rewound_though_the_worker_died_before_it_could_tell(attempt, tmp_path):
+    _, _, _, ended = attempt(20, 30, SPIKE, DEATH, None, overrides=REWIND)
+    assert [e["cause"] for e in ended] == ["host_fault"]
+    run = RunDir(f"{tmp_path}/run")
+    assert ([i.rows for i in run.incidents()], run.claims()[-1].resumes) == ([(28, 32)], 1)
+
+
+def test_bad_numbers_are_rewound_by_the_next_driver_when_the_one_that_saw_them_died(attempt, tmp_path):
+    class Died(BaseException):
+        pass
+
+    with pytest.raises(Died):
+        attempt(20, 30, SPIKE, Died(), overrides=REWIND)
+    run = RunDir(f"{tmp_path}/run")
+    assert run.incidents() == []
+    _, _, said, _ = attempt(None, overrides=REWIND)
+    assert ([i.rows for i in run.incidents()], run.claims()[-1].resumes) == ([(28, 32)], 1)
+    assert "  goes back to step 20, and leaves out rows [28, 32)" in said
+
+
+def test_a_rewind_without_a_record_of_the_rows_says_so(attempt, tmp_path):
+    goes_on = {**SPIKE, "ends": False}  # as under health.on_bad_numbers=skip, which went on
+    _, _, said, _ = attempt(20, 30, goes_on, SPIKED, None, overrides=REWIND)
+    assert RunDir(f"{tmp_path}/run").incidents() == []
+    assert "  incarnation 1 has not recorded the rows to blame: goes on from step 30, and leaves out none" in said
+
+
+def test_bad_numbers_that_ended_an_attempt_are_not_rewound_by_the_next(attempt, tmp_path):
+    later = {**SPIKE, "step": 41, "rows": [36, 44]}
+    finished, _, _, ended = attempt(20, SPIKE, SPIKED, 34, later, SPIKED, overrides=REWIND)
+    assert (finished, ended[-1]["decision"]["action"]) == (False, "stop")
+    _, _, said, _ = attempt(None, overrides=REWIND)
+    assert [i.rows for i in RunDir(f"{tmp_path}/run").incidents()] == [(28, 32)]
+    assert "incarnation 3 starts at step 34" in said
 
 
 def test_the_same_crash_without_progress_ends_the_attempt_whatever_the_machines_did_in_between(attempt):

@@ -96,7 +96,7 @@ def test_a_run_that_was_interrupted_finds_the_same(losses, at, seed):
     if any(expected[:at]):
         return  # that ended it
     found = [parts.add(each) for each in records[:at]]
-    resumed = Numbers(WATCHED, records[:at])
+    resumed = Numbers(WATCHED, records[:at][-health.history_steps(WATCHED) :])
     assert [*found, *(resumed.add(each) for each in records[at:])] == expected
 
 
@@ -110,6 +110,20 @@ def test_updates_in_a_row_are_skipped_up_to_the_limit_and_any_good_one_counts_an
     assert found[:5] == [None] * 5
     assert (found[5].step, found[5].rows) == (6, Rows(12, 24))
     assert str(found[5].error()) == "step 6, rows 12..23: 3 steps in a row were skipped, health.max_skips=2"
+
+
+def test_updates_in_a_row_are_counted_over_restarts():
+    config = HealthConfig(on_bad_numbers="skip", max_skips=2, guilty_steps_before=0)
+    records = [record(step, math.nan, update_skipped=1.0) for step in range(1, 5)]
+    resumed = Numbers(config, records[:3][-health.history_steps(config) :])
+    assert resumed.add(records[3]).rows == Rows(4, 16)
+    assert health.history_steps(HealthConfig(max_skips=2)) == 0  # nothing is read that nobody needs
+
+
+def test_the_losses_of_an_earlier_stage_make_no_spike_after_a_restart():
+    records = [record(step, loss) for step, loss in enumerate([*CALM, 7.0, 7.0], 1)]
+    assert Numbers(WATCHED, records[1:17], stage_ends={64}).add(records[17]) is None
+    assert Numbers(WATCHED, records[1:17]).add(records[17]) is not None
 
 
 def test_a_finding_ends_the_incarnation_with_its_step_rows_and_score():
