@@ -63,6 +63,9 @@ class SourceConfig:
             raise ValueError(f"format: redpajama, the_stack, text or chat, got {self.format!r}")
         if not self.paths or not all(self.paths):
             raise ValueError(f"paths: at least one non-empty glob wanted, got {list(self.paths)}")
+        for path in self.paths:
+            if "://" in path and not path.startswith("gs://"):
+                raise ValueError(f"paths: local files and gs:// are read, got {path}; copy them")
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"weight: must be above 0, got {self.weight}; leave the source out instead")
         if not 0 <= self.max_bad_share <= 1:

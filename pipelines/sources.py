@@ -25,7 +25,7 @@ from openmoe.pipelines.config import MAX_DOCUMENT_BYTES, DataError, SourceConfig
 from openmoe.pipelines.documents import BadLine, Document
 from openmoe.pipelines.storage import FileInfo
 
-_SUFFIX = {"redpajama": ".jsonl", "chat": ".jsonl", "text": ".txt"}
+_SUFFIX = {"redpajama": ".jsonl", "chat": ".jsonl", "text": ".txt", "the_stack": ".parquet"}
 _CODECS = {"": None, ".zst": "zstd", ".gz": "gzip"}
 _COLUMN = "content"
 # What pyarrow raises over a damaged file, found by trying: not only its own errors.
@@ -97,10 +97,33 @@ def find(source: SourceConfig) -> dict[str, FileInfo]:
         return {}
     for pattern, files in found.items():
         if not files:
-            raise DataError(
-                f"sources.{source.name}.paths: {pattern} matches no file; correct it or leave the source out"
-            )
+            raise DataError(f"sources.{source.name}.paths: {_why_nothing(source, pattern)}")
+        for path in files:
+            if not _is_unicode(path):
+                raise DataError(f"sources.{source.name}.paths: {path!a}: its name is not UTF-8; rename it")
     return dict(sorted((path, info) for files in found.values() for path, info in files.items()))
+
+
+def _why_nothing(source: SourceConfig, pattern: str) -> str:
+    folder = pattern.rstrip("/")
+    if storage.exists(folder):
+        return f"{pattern} is a folder; name its files, such as {folder}/*{_SUFFIX[source.format]}"
+    return f"{pattern} matches no file; correct it or leave the source out"
+
+
+def _is_unicode(path: str) -> bool:
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def check_unchanged(unit: Unit) -> None:
+    """Raises DataError when a file of the unit is another by now than its fingerprint says."""
+    files = unit.files or ((unit.path, unit.fingerprint),)
+    for (path, before), info in zip(files, storage.look_up(path for path, _ in files), strict=True):
+        if _fingerprint(info) != before:
+            raise DataError(f"{path}: changed while it was read; build again when nothing writes to it any more")
 
 
 def read(unit: Unit) -> Iterator[Document | BadLine]:
@@ -285,7 +308,9 @@ def _undamaged(path: str, codec: str, text: _Counted) -> Generator[None]:
         yield
     except _DAMAGE as error:
         _only_damage(error)
-        raise DataError(f"{path}: {codec} stream damaged after {text.count:,} bytes of text; get it again") from error
+        where, why = f"{text.count:,} bytes of text", " ".join(str(error).split())[:120]
+        wanted = "get it again, or compress it anew"
+        raise DataError(f"{path}: {codec} stream unreadable after {where} ({why}); {wanted}") from error
 
 
 def _only_damage(error: Exception) -> None:

@@ -111,6 +111,7 @@ def unit_key(receipt: dict[str, Any]) -> str:
 
 def _commit(folder: str, name: str, table: _Table) -> dict[str, Any]:
     pieces, receipt = table.finish()
+    sources.check_unchanged(table.unit)  # after the last of its bytes was read
     storage.write_durable(storage.join(folder, f"{name}.parquet"), *pieces)
     if table.kept_aside:
         lines = "".join(json.dumps(line) + "\n" for line in table.kept_aside)
@@ -201,7 +202,7 @@ class _Table:
     """Collects a unit's documents, tokenized in batches, and what was wrong with its lines."""
 
     def __init__(self, unit: Unit, tokenizer: Tokenizer) -> None:
-        self._unit = unit
+        self.unit = unit
         self._tokenizer = tokenizer
         # Path, offset, text and answer of documents that are not tokenized yet; in a list of documents Python would
         # look for garbage again and again, 2 ns a token.
@@ -266,10 +267,10 @@ class _Table:
                 values = np.concatenate(self._columns["tokens"][rows])
                 writer.write_table(self._row_group(rows, values, lengths[rows]))
         return file.pieces, {
-            "source": self._unit.source,
-            "path": self._unit.path,
-            "start": self._unit.start,
-            "stop": self._unit.stop,
+            "source": self.unit.source,
+            "path": self.unit.path,
+            "start": self.unit.start,
+            "stop": self.unit.stop,
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
             "text_bytes": self._text_bytes,
@@ -287,7 +288,7 @@ class _Table:
         document_offsets = np.asarray(self._columns["offset"][rows], np.uint64)
         flat = _array(pa.uint32(), values, len(values))
         columns = [
-            _strings([self._unit.source] * count),
+            _strings([self.unit.source] * count),
             _strings(self._columns["file"][rows]),
             _array(pa.uint64(), document_offsets, count),
             _array(pa.binary(16), b"".join(self._columns["hash"][rows]), count),

@@ -333,7 +333,7 @@ def test_a_missing_source_is_taken_out_of_every_stage(ray_local, corpus, tmp_pat
 def test_an_error_inside_a_worker_is_the_same_one_line(ray_local, tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd rubbish")
     bad = SourceConfig(name="bad", format="redpajama", paths=(str(tmp_path / "*.zst"),), weight=1.0)
-    with pytest.raises(DataError, match=r"^/\S+/a\.jsonl\.zst: zstd stream damaged after 0 bytes of text"):
+    with pytest.raises(DataError, match=r"^/\S+/a\.jsonl\.zst: zstd stream unreadable after 0 bytes of text"):
         builder.build(replace(config(tmp_path), sources=(bad,)), str(tmp_path / "data"), min_rows=1)
 
 

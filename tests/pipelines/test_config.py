@@ -19,6 +19,7 @@ DATA = {"tokenizer": "builtin:small_8192", "seq_len": 512, "seed": 0, "sources":
         ({"missing": "ignore"}, "missing: stop or renormalize, got 'ignore'"),
         ({"max_document_bytes": 0}, r"max_document_bytes: must be in \[1, 2\^31\), got 0"),
         ({"paths": ()}, r"paths: at least one non-empty glob wanted, got \[\]"),
+        ({"paths": ("s3://b/*.jsonl",)}, r"paths: local files and gs:// are read, got s3://b/\*\.jsonl; copy them"),
         ({"weight": 0.0}, r"weight: must be above 0, got 0\.0; leave the source out instead"),
         ({"weight": float("nan")}, "weight: must be above 0, got nan"),
         ({"max_bad_share": 1.5}, r"max_bad_share: must be in \[0, 1\], got 1\.5"),

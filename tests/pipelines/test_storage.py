@@ -25,6 +25,7 @@ def test_what_was_written_is_read_and_listed(folder):
     found = [storage.join(folder, "a", "c++", "two.txt"), storage.join(folder, "a", "one.txt")]
     listed = storage.glob(storage.join(folder, "a", "**", "*.txt"))
     assert [(path, info.size) for path, info in listed.items()] == list(zip(found, (0, 1), strict=True))
+    assert list(storage.look_up(found)) == list(listed.values())
     time.sleep(0.02)  # a local time of change is exact to a few milliseconds
     storage.write_durable(found[1], b"3")
     anew = storage.glob(found[1])[found[1]]

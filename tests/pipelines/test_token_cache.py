@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from openmoe.pipelines import sources, token_cache, tokenizer
-from openmoe.pipelines.config import SourceConfig
+from openmoe.pipelines.config import DataError, SourceConfig
 
 TEXT = tokenizer.load("builtin:small_8192")
 
@@ -51,6 +51,20 @@ def test_the_file_of_an_earlier_version_is_read_as_it_was(tmp_path):
     documents = token_cache.documents(str(tmp_path), "old", sha256=sha256)
     assert (documents.hashes.tobytes(), documents.lengths.tolist()) == (b"a" * 16 + b"b" * 16, [2, 3])
     assert [lengths.tolist() for lengths in token_cache.lengths(str(tmp_path / "old.parquet"))] == [[2, 3]]
+
+
+@pytest.mark.parametrize("kind", ["redpajama", "text"])
+def test_a_file_that_changes_before_it_is_read_up_becomes_no_unit(tmp_path, kind):
+    names = {"redpajama": ("a.jsonl",), "text": ("a.txt", "b.txt")}[kind]
+    for name in names:
+        (tmp_path / name).write_text('{"text": "one two"}\n')
+    config = SourceConfig(name="s", format=kind, paths=(str(tmp_path / "*"),), weight=1.0)
+    [unit] = sources.inventory(config, 2**20)
+    with (tmp_path / names[-1]).open("a") as file:
+        file.write('{"text": "three four"}\n')
+    with pytest.raises(DataError, match=rf"/{names[-1]}: changed while it was read; build again when nothing writes"):
+        token_cache.tokenize(unit, TEXT, str(tmp_path / "tokens"))
+    assert not (tmp_path / "tokens").exists()
 
 
 def test_documents_have_the_same_identity_in_any_file(tmp_path):
@@ -130,7 +144,7 @@ PEAKS = """
 import gzip, pathlib, resource, sys
 from dataclasses import replace
 from openmoe.pipelines import sources, token_cache, tokenizer
-from openmoe.pipelines.config import SourceConfig
+from openmoe.pipelines.config import DataError, SourceConfig
 
 folder, text = pathlib.Path(sys.argv[1]), tokenizer.load("builtin:small_8192")
 for windows in (2, 12):
