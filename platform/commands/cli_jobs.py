@@ -49,7 +49,7 @@ def submit(
     from openmoe.platform.jobs import cluster_access, controller_lock, job_events, job_request
 
     home = home_folder.home()
-    request = job_request.resolve(run, overrides or (), cluster or cluster_access.only_cluster(home))
+    request = job_request.resolve(run, overrides or (), cluster)
     cluster_access.check_known(request.cluster, home)
     store = store_of_home()
     _refuse_second(store, request.run_dir)

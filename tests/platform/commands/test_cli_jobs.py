@@ -117,8 +117,9 @@ def test_what_cannot_be_done_is_said_in_one_line(openmoe, tmp_path):
         "cluster: none is up on this machine; `openmoe up` or `openmoe cluster up local` starts one, "
         "--cluster http://HOST:8265 takes another machine's\n"
     )
-    bad = openmoe("submit", "quickstart", "train.stepz=3", "--cluster", NOWHERE, code=2)
+    bad = openmoe("submit", "quickstart", "train.stepz=3", code=2)  # before anything about a cluster
     assert bad == "override: train.stepz: unknown key; did you mean `steps`?\n"
+    assert openmoe("submit", "quickstrat", code=2).startswith("quickstrat: ")
     assert openmoe("jobs", "list", "--json") == "[]\n"
     assert openmoe("submit", "quickstart", "--cluster", "local", code=2) == (
         "cluster: local was not started on this machine; `openmoe cluster up FILE` starts it\n"
