@@ -6,6 +6,7 @@ attempts/<attempt>-00000-<sequence>.jsonl      segments (journal.py); attempts a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ from openmoe.platform.run.goodput import Driver, Mark
 from openmoe.platform.run.run_dir import RunDir
 
 FOLDER = "attempts"
+LATELY_S = 120.0
 
 
 class AttemptLog:
@@ -93,6 +95,34 @@ class DriversReader:
             mark = Mark(**{key: record[key] for key in Mark._fields if key in record})
             self._drivers[number] = driver._replace(marks=(*driver.marks, mark))
         return [self._drivers[number] for number in sorted(self._drivers)]
+
+
+def seems_alive(run: RunDir) -> str:
+    """Returns who trains a run already, as far as one can tell: its newest driver, in words; "" if that has ended.
+
+    On this host its process is looked at. One on another host is alive if the run has a record of the last minutes.
+    """
+    try:
+        _, newest = next(itertools.groupby(journal.newest_first(run.at(FOLDER)), lambda entry: entry[0]), (0, ()))
+        marks = [record for _, _, record in newest]
+        if not marks or marks[0]["phase"] == goodput.OVER or "pid" not in marks[-1]:
+            return ""
+        host, pid, incarnation = marks[-1]["host"], marks[-1]["pid"], max(mark.get("incarnation", 0) for mark in marks)
+        who = f"incarnation {incarnation} of process {pid}" if incarnation else f"process {pid}"
+        if host == socket.gethostname():
+            return f"{who} on this host" if _lives(pid, marks[-1]["time_s"]) else ""
+        silent_s = time.time() - max(marks[0]["time_s"], next(run.newest_steps(), {}).get("time_s", 0.0))
+    except journal.JournalError:  # said where the records are needed
+        return ""
+    return f"{who} on {host} (newest record {max(silent_s, 0):.0f} s ago)" if silent_s < LATELY_S else ""
+
+
+def _lives(pid: int, began_s: float) -> bool:
+    """Returns whether a process is still the one that had this number at that time, Unix time."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return process.create_time() < began_s + 5.0 and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def process_began_s() -> float:

@@ -20,7 +20,7 @@ from openmoe.clusters.provider import Instance
 from openmoe.pipelines.config import DataError
 from openmoe.platform.commands.progress import ProgressReport
 from openmoe.platform.data import build_ahead
-from openmoe.platform.run import ray_session, report, rewind, stragglers
+from openmoe.platform.run import attempt_log, ray_session, report, rewind, stragglers
 from openmoe.platform.run.attempt_log import AttemptLog
 from openmoe.platform.run.journal import DRIVER, Journal
 from openmoe.platform.run.lineage import Claim, Incident
@@ -78,6 +78,8 @@ def train(
             more = run_length.longer(spec.train, finished["steps"], finished.get("epochs"))
             show.say(f"to train on: {more}, or another run_dir to start over")
             return 0
+        if other := attempt_log.seems_alive(run):
+            show.say(f"{other} trains this run, and ends when this one takes over; look: openmoe dashboard {run.path}")
         try:
             # The second time because Ray, when it starts, puts handlers of its own in their place.
             with (
