@@ -86,7 +86,6 @@ def add(
 def list_schedules(as_json: Json = False) -> None:
     """List schedules with their next firing."""
     from openmoe.platform.commands import tables
-    from openmoe.platform.jobs import cron as cron_module
 
     now_s = time.time()
     schedules = sorted(store_of_home().schedules().values(), key=lambda schedule: schedule.name)
@@ -98,8 +97,8 @@ def list_schedules(as_json: Json = False) -> None:
         return
     rows = []
     for each in schedules:
-        fire_s = cron_module.next_fire(each, now_s)
-        when = ("paused", "") if each.paused else (_local(fire_s, each.timezone), _utc(fire_s))
+        fires, problem = _fires(each, now_s)
+        when = (_local(fires[0], each.timezone), _utc(fires[0])) if fires else (problem or "paused", "")
         window = f", {_duration(each.window_s)}" if each.window_s else ""
         policy = f"{each.overlap}, catch up {each.catch_up}{window}"
         rows.append((each.name, each.run_name, each.cluster, each.cron, *when, policy, each.last_result))
@@ -202,15 +201,24 @@ def _as_json(schedule: "Schedule", now_s: float) -> dict[str, Any]:
     """All of a schedule but its files, with the next firings."""
     from dataclasses import asdict
 
-    from openmoe.platform.jobs import cron
-
     values = {key: value for key, value in asdict(schedule).items() if key not in ("run_file", "cluster_file")}
-    fires = [] if schedule.paused else islice(cron.firings(schedule, now_s), _NUM_SHOWN)
+    fires, problem = _fires(schedule, now_s)
     return values | {
         "next": [
             {"local": _local(fire_s, schedule.timezone), "utc": _utc(fire_s), "unix_s": fire_s} for fire_s in fires
-        ]
+        ],
+        "problem": problem,
     }
+
+
+def _fires(schedule: "Schedule", now_s: float) -> tuple[list[float], str]:
+    """Returns the next firings, none of a paused schedule, and why nobody knows them, as in an unknown time zone."""
+    from openmoe.platform.jobs import cron
+
+    try:
+        return [] if schedule.paused else list(islice(cron.firings(schedule, now_s), _NUM_SHOWN)), ""
+    except cron.ScheduleError as error:
+        return [], str(error)
 
 
 def _duration(seconds: float) -> str:

@@ -136,7 +136,7 @@ class JobView:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleView:
-    """A run that starts by the clock."""
+    """A run that starts by the clock; `problem` says why nobody knows when."""
 
     name: str
     run_name: str
@@ -145,6 +145,7 @@ class ScheduleView:
     paused: bool
     next_s: float | None
     last_result: str
+    problem: str = ""
 
 
 def figures(run: RunFollower, key: str, now_s: float, *, with_period: bool = False) -> Figures:
@@ -366,7 +367,7 @@ def job_view(job: Job, run_key: str | None) -> JobView:
     )
 
 
-def schedule_view(schedule: Schedule, next_s: float | None) -> ScheduleView:
+def schedule_view(schedule: Schedule, next_s: float | None, problem: str = "") -> ScheduleView:
     """Returns a schedule as it is shown."""
     return ScheduleView(
         name=schedule.name,
@@ -376,6 +377,7 @@ def schedule_view(schedule: Schedule, next_s: float | None) -> ScheduleView:
         paused=schedule.paused,
         next_s=None if schedule.paused else next_s,
         last_result=schedule.last_result,
+        problem=problem,
     )
 
 

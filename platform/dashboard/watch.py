@@ -197,7 +197,10 @@ class Watch:
 def _schedule(schedule: Schedule, now_s: float) -> views.ScheduleView:
     from openmoe.platform.jobs import cron
 
-    return views.schedule_view(schedule, cron.next_fire(schedule, now_s))
+    try:
+        return views.schedule_view(schedule, cron.next_fire(schedule, now_s))
+    except cron.ScheduleError as error:  # as of a time zone that this machine does not know
+        return views.schedule_view(schedule, None, str(error))
 
 
 def _clusters(folder: Path) -> list[dict[str, Any]]:

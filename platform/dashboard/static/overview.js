@@ -70,7 +70,7 @@ function jobs() {
 function schedules() {
   if (!page.schedules.length) return null;
   const rows = page.schedules.map((s) =>
-    el("tr", {}, cell(s.name), cell(s.run_name), cell(`${s.cron} (${s.timezone})`, "mono"), cell(s.paused ? badge("paused") : s.next_s ? `${around(s.next_s)}, in ${duration(s.next_s - now())}` : "", "num"), cell(s.last_result, "note")),
+    el("tr", {}, cell(s.name), cell(s.run_name), cell(`${s.cron} (${s.timezone})`, "mono"), cell(s.problem ? el("span", { class: "problem" }, s.problem) : s.paused ? badge("paused") : s.next_s ? `${around(s.next_s)}, in ${duration(s.next_s - now())}` : "", "num"), cell(s.last_result, "note")),
   );
   return section("What starts by the clock?", "", table([["schedule"], ["run"], ["cron"], ["next", "num"], ["last firing"]], rows));
 }

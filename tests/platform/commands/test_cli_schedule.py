@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -110,6 +111,16 @@ def test_the_list_shows_the_next_firing_in_local_time_and_utc(home):
         f"{year}-01-01 11:30 UTC",
     ):
         assert part in schedule("list")
+
+
+def test_a_time_zone_that_this_machine_lacks_is_told_of_its_schedule_and_hides_no_other(home):
+    schedule("add", "quickstart", *NIGHTLY)
+    elsewhere = replace(store(home).schedule("quickstart"), timezone="Mars/Olympus")
+    store(home).apply_all([cron.ScheduleAdded(schedule="elsewhere", time_s=1.0, definition=elsewhere)])
+    first, second = json.loads(schedule("list", "--json"))
+    assert (first["next"], second["problem"], len(second["next"])) == ([], "", 3)
+    assert first["problem"].startswith("timezone 'Mars/Olympus': unknown; ")
+    assert first["problem"] in schedule("list")
 
 
 def test_run_now_submits_a_job_and_obeys_the_overlap_policy(home):

@@ -203,7 +203,7 @@ def test_the_overview_lists_runs_and_leads_to_them(begin, served, browse):
 
 
 def write_jobs(home, run_dir):
-    """Two schedules: one started a job, the other has a hostile name and result; and a hostile job, cancelled."""
+    """Schedules: one started a job, one has hostile words, one a zone that is none; and a hostile job, cancelled."""
     wanted = {"run_dir": run_dir, "run_file": "name: night\n", "cluster": "small", "cluster_file": "", "slots": 1}
     wanted |= {"budgets": {"preemption": 9}}
     clock = {"cron": "30 6 1 1 *", "timezone": "UTC", "run_name": "night"}
@@ -213,6 +213,8 @@ def write_jobs(home, run_dir):
         ScheduleAdded(schedule=name, definition=Schedule(name=name, **clock, **wanted), **now)
         for name in ("nightly", HOSTILE)
     ]
+    nowhere = Schedule(name="nowhere", **clock | {"timezone": "Mars/Olympus"}, **wanted)
+    events.append(ScheduleAdded(schedule="nowhere", definition=nowhere, **now))
     events += [
         ScheduleFired(schedule="nightly", job_id="night-ab12", **fired),
         Submitted(job_id="night-ab12", name="night", schedule="nightly", **wanted, **now),
@@ -270,6 +272,7 @@ def test_jobs_schedules_and_clusters_are_shown(written, start_dashboard, browse,
         "What starts by the clock?",
         ["nightly", "night", "30 6 1 1 * (UTC)", soon, "night-ab12"],
         [HOSTILE, "night", "30 6 1 1 * (UTC)", "paused", f"skipped: {HOSTILE}"],
+        ["nowhere", "night", "30 6 1 1 * (Mars/Olympus)", re.compile("timezone 'Mars/Olympus': unknown; "), ""],
     )
     shows(
         "Where can it run?",
