@@ -172,7 +172,7 @@ def load_balancing_loss(scores: Array, load: Array, asking: Array | None = None)
     """Auxiliary loss of one group (arXiv:2101.03961, equation 4); K at perfect balance.
 
     Args:
-      scores: float32[S, E], the router's; where they do not sum to 1, each expert's share of them counts.
+      scores: float32[S, E], the router's, of which a token's sum to 1.
       load: float32[E], share of the tokens that ask for each expert, before any is dropped; sums to K.
       asking: float32[S], 1 for tokens that count and 0 for others; None: all do.
 

@@ -170,7 +170,7 @@ def dispatch(tokens: Array, routed: Routing) -> Array:
 def combine(answers: Array, routed: Routing) -> Array:
     """Sums the answers [E, C, d] to each token's choices, weighted by their gates: float32[S, d].
 
-    The gates are not normalised, neither over a token's choices nor over those that were kept.
+    The gates are as they were chosen: those of the choices that were kept do not make up for the others'.
     """
     places = answers.reshape(-1, answers.shape[-1])  # [E*C, d]
     answered = gather_rows(places, routed.place, routed.choice.reshape(-1, 1))  # [S, K, d]

@@ -150,7 +150,7 @@ def statistics(logits: Array, scores: Array, asks: Array | None, routing: Routin
 
     Args:
       logits: float32[S, E], the router's.
-      scores: float32[S, E]; the auxiliary loss takes each token's share of them.
+      scores: float32[S, E], of which a token's sum to 1 (`shares`).
       asks: bool[S], or None: all tokens do.
       routing: of the group.
     """

@@ -154,17 +154,10 @@ def _tokenizer_files(uri: str, config: ModelConfig) -> dict[str, bytes]:
 
 def _tokenizer_of_run(run: RunDir, config: ModelConfig) -> dict[str, bytes]:
     """What an export needs of the tokenizer that a run was trained with."""
-    from openmoe.pipelines import tokenizer
-    from openmoe.platform.run.run_dir import RunDirError
-    from openmoe.platform.train.init_source import TOKENIZER
+    from openmoe.platform.train import init_source
 
-    data = run.spec().data
-    found = tokenizer.load(data.tokenizer)
-    if run.record().get(TOKENIZER, found.sha256) != found.sha256:
-        raise RunDirError(
-            f"{run.path}: was trained with another tokenizer than {data.tokenizer} is now; give it by --tokenizer"
-        )
-    return _exported(found, data.num_sentinels, config)
+    found = init_source.tokenizer_of(run, "give it by --tokenizer")
+    return _exported(found, run.spec().data.num_sentinels, config)
 
 
 def _exported(model: Tokenizer, num_sentinels: int, config: ModelConfig) -> dict[str, bytes]:

@@ -56,15 +56,15 @@ def generate(
 ) -> None:
     """Continue prompts with a run's newest checkpoint, here."""
     from openmoe.model import sample
-    from openmoe.pipelines import tokenizer
     from openmoe.platform.run.run_dir import RunDir, RunDirError
+    from openmoe.platform.train import init_source
 
     sampling = _sampling(0.0 if greedy else temperature, top_k, top_p)
     run = RunDir(run_dir)
     spec, accepted = run.spec(), run.newest_accepted()
     if accepted is None:
         raise RunDirError(f"{run.path}: the run has no accepted checkpoint yet; train it until its first one")
-    model = tokenizer.load(spec.data.tokenizer)
+    model = init_source.tokenizer_of(run, "put that one back: its ids mean other text")
     num_sentinels = spec.data.num_sentinels
     answers = [_asked(text, style, model, num_sentinels) for text in prompts or _lines(sys.stdin)]
     _check(answers, spec, max_tokens)

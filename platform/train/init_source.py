@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from openmoe.pipelines import storage
+from openmoe.pipelines import storage, tokenizer
 from openmoe.pipelines.tokenizer import Tokenizer
 from openmoe.platform.run.run_dir import RunDir, RunDirError
 from openmoe.platform.run_file.spec import RunSpec
@@ -62,6 +62,23 @@ def _recorded_by_checkpoint(path: str) -> tuple[str, str | None]:
             "DIR/1000; `openmoe convert --to orbax` makes one of T5X or Hugging Face"
         )
     return "a checkpoint of Orbax", facts_of(path).get(TOKENIZER)
+
+
+def tokenizer_of(run: RunDir, remedy: str) -> Tokenizer:
+    """Returns the tokenizer that a run was trained with.
+
+    Args:
+      run: the run.
+      remedy: what to do where its file has become another.
+
+    Raises:
+      RunDirError: that has happened.
+    """
+    uri = run.spec().data.tokenizer
+    found = tokenizer.load(uri)
+    if run.record().get(TOKENIZER, found.sha256) != found.sha256:
+        raise RunDirError(f"{run.path}: was trained with another tokenizer than {uri} is now; {remedy}")
+    return found
 
 
 def facts_of(path: str) -> dict[str, Any]:

@@ -170,6 +170,14 @@ def test_a_checkpoint_of_other_bits_than_were_accepted_is_refused(run, tmp_path)
         generate(str(tmp_path / "copy"), "The fox")
 
 
+def test_a_tokenizer_that_is_no_longer_that_of_the_training_is_refused(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "copy")
+    record = tmp_path / "copy/run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(RunDirError, match="was trained with another tokenizer than builtin:small_8192 is now; put"):
+        generate(str(tmp_path / "copy"), "The fox")
+
+
 def heard(steps, answers):
     """What is written after each step, where ids are bytes of UTF-8."""
     written = []
