@@ -1,6 +1,6 @@
 """One machine's own Ray: what must be set before Ray is imported, and what `ray.init` is told.
 
-Values only; the callers (driver, tests) do the starting. Ray is not imported here.
+And the folder of its logs. The callers (driver, tests) do the starting; Ray is not imported here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 SHARED_MEMORY = Path("/dev/shm")
+LOGS_STAY_S = 7 * 24 * 3600.0
 
 
 class LocalRayError(ValueError):
@@ -103,6 +106,25 @@ def make_private(folder: Path) -> None:
             f"{folder}: another user of this machine has made it; Ray's files go there, have it removed"
         )
     folder.chmod(0o700)  # earlier versions left it to Ray
+
+
+def remove_old_sessions(folder: Path, now_s: float) -> list[str]:
+    """Removes what Rays of at least a week ago left in their folder of logs, which Ray never does; returns their names.
+
+    A living Ray writes into its logs every 10 s. One that slept as long with its machine is known by the process that
+    its session is named after. The newest stays: Ray does not replace a link to a session that is gone.
+    """
+    latest, removed = (folder / "session_latest").resolve(), []
+    for session in sorted(folder.glob("session_*_*_*_*")):
+        pid = session.name.rpartition("_")[2]
+        if session.is_symlink() or session == latest or not pid.isdecimal() or psutil.pid_exists(int(pid)):
+            continue
+        with contextlib.suppress(OSError):  # another process removes it at the moment
+            newest_s = max(path.stat().st_mtime for path in (session, *session.glob("logs/*")))
+            if newest_s <= now_s - LOGS_STAY_S:
+                shutil.rmtree(session, ignore_errors=True)
+                removed.append(session.name)
+    return removed
 
 
 def check_shared_memory(object_store_bytes: int) -> None:

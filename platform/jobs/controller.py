@@ -262,7 +262,7 @@ class Controller:
                     action.submission_id,
                     entrypoint,
                     working_dir=Path(folder),
-                    wheel=wheel.built_wheel(self._home / "wheels"),
+                    wheel=wheel.only_wheel(self._home / "wheels"),
                     environment={"OPENMOE_HOME": str(self._home)} if on_this_machine else {},
                 )
             except Refused as refused:

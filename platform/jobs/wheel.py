@@ -36,6 +36,15 @@ def built_wheel(folder: Path) -> Path:
     return path
 
 
+def only_wheel(folder: Path) -> Path:
+    """Returns `built_wheel`, and removes those of other versions: with each job Ray has taken a copy of its own."""
+    built = built_wheel(folder)
+    for other in folder.glob("openmoe-*.whl"):
+        if other != built:
+            other.unlink(missing_ok=True)
+    return built
+
+
 def package_files() -> dict[str, bytes]:
     """Returns the content of every file of the package, by its name in a wheel ("openmoe/platform/commands/cli.py")."""
     files = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
             object_store_bytes=cluster.object_store_bytes,
             dashboard_port=cluster.dashboard_port,
         )
+        local_ray.remove_old_sessions(Path(local_ray.log_dir()), time.time())
         has_api_server = cluster.dashboard_port is not None
         with contextlib.nullcontext() if has_api_server else local_ray.without_api_server():
             ray.init(**arguments)

@@ -3,6 +3,7 @@
 import os
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,27 @@ def test_a_folder_that_somebody_else_has_put_there_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(os, "getuid", lambda: 4711)
     with pytest.raises(LocalRayError, match="theirs: another user of this machine has made it"):
         local_ray.make_private(tmp_path / "theirs")
+
+
+def test_logs_of_a_ray_that_ended_a_week_ago_are_removed_and_no_others(tmp_path):
+    now_s = 1_800_000_000.0
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    ages_days = {f"1_{ended.pid}": 8, f"2_{ended.pid}": 6, f"3_{os.getpid()}": 8, f"4_{ended.pid}": 9, "5_none": 8}
+    for name, age_days in ages_days.items():
+        logs = tmp_path / f"session_2026-11-26_17-49-22_{name}" / "logs"
+        logs.mkdir(parents=True)
+        (logs / "raylet.out").write_text("")
+        for path in (logs / "raylet.out", logs, logs.parent):
+            os.utime(path, (now_s, now_s - 86_400 * age_days))
+    busy = tmp_path / f"session_2026-11-26_17-49-22_4_{ended.pid}"
+    os.utime(busy / "logs" / "raylet.out", (now_s, now_s - 60))
+    (tmp_path / "session_latest").symlink_to(tmp_path / f"session_2026-11-26_17-49-22_1_{ended.pid}")
+    assert local_ray.remove_old_sessions(tmp_path, now_s) == []
+    (tmp_path / "session_latest").unlink()
+    (tmp_path / "session_latest").symlink_to(busy)
+    assert local_ray.remove_old_sessions(tmp_path, now_s) == [f"session_2026-11-26_17-49-22_1_{ended.pid}"]
+    assert sorted(path.name.split("_", 3)[-1] for path in tmp_path.iterdir()) == sorted([*ages_days, "latest"])[1:]
 
 
 def test_processes_of_a_ray_on_this_machine_look_for_garbage_seldom(ray_local):

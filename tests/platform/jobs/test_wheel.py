@@ -86,6 +86,14 @@ def test_it_installs_as_ray_does_and_fetches_nothing(tmp_path):
     assert content == (ROOT / "platform" / "jobs" / "wheel.py").read_bytes()
 
 
+def test_the_controllers_folder_keeps_the_wheel_of_the_code_that_runs_alone(tmp_path):
+    for name in ("openmoe-0.1.0+0123456789abcdef-py3-none-any.whl", "mine.whl"):
+        (tmp_path / name).write_bytes(b"")
+    built = wheel.only_wheel(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {built.name, "mine.whl"}
+    assert wheel.only_wheel(tmp_path) == built == wheel.built_wheel(tmp_path)
+
+
 def test_the_same_code_is_packed_once_and_changed_code_gets_another_name(installed, tmp_path):
     first = packed_by(installed, tmp_path)
     written_ns = first.stat().st_mtime_ns
