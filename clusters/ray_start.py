@@ -123,15 +123,15 @@ def _node_options(temp_dir: Path, agent_port: int) -> tuple[str, ...]:
     )
 
 
-def drain_command(*, gcs_address: str, node_id: str, grace_s: float) -> list[str]:
-    """Returns the command that tells Ray that a node will be taken away in `grace_s` seconds."""
+def drain_command(*, gcs_address: str, node_id: str, grace_s: float, why: str) -> list[str]:
+    """Returns Ray's own command that a node will be taken away in `grace_s` seconds: there is no public function."""
     return [
         *_RAY,
         "drain-node",
         f"--address={gcs_address}",
         f"--node-id={node_id}",
         "--reason=DRAIN_NODE_REASON_PREEMPTION",
-        "--reason-message=preempted by the provider",
+        f"--reason-message={why}",
         f"--deadline-remaining-seconds={max(1, round(grace_s))}",
     ]
 

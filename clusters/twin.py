@@ -255,7 +255,9 @@ def _drain(cluster: Cluster, nodes: Sequence[Node], grace_s: float) -> int:
     environment = ray_start.environment(os.environ, cluster.token_file)
     asked = [
         subprocess.Popen(
-            ray_start.drain_command(gcs_address=cluster.gcs_address, node_id=node.node_id, grace_s=grace_s),
+            ray_start.drain_command(
+                gcs_address=cluster.gcs_address, node_id=node.node_id, grace_s=grace_s, why="preempted by the provider"
+            ),
             env=environment,
             cwd=cluster.state_dir,
             stdin=subprocess.DEVNULL,

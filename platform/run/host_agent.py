@@ -100,10 +100,10 @@ def drain_slice(address: str, slice_name: str, grace_s: float, say: Callable[[st
 
 
 def drain_command(gcs_address: str, node_id: str, grace_s: int) -> list[str]:
-    """Returns Ray's own command for it: there is no public function."""
+    """Returns what `ray_start.drain_command` of openmoe.clusters does, which cannot be imported here."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={gcs_address}"]
     command += [f"--node-id={node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
-    return [*command, "--reason-message=the provider takes it back", f"--deadline-remaining-seconds={grace_s}"]
+    return [*command, "--reason-message=preempted by the provider", f"--deadline-remaining-seconds={grace_s}"]
 
 
 def follow(

@@ -10,12 +10,10 @@ import contextlib
 import math
 import socket
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +21,7 @@ import ray.exceptions
 import ray.util.tpu
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from openmoe.clusters import ray_start
 from openmoe.clusters.provider import Instance
 from openmoe.platform.run.slices import WORKER_ID, slice_of
 from openmoe.platform.run.verdict import Host
@@ -147,12 +146,10 @@ def drain_broken_slices(hosts: Sequence[Host], say: Callable[[str], None]) -> No
 
 
 def drain(node_id: str) -> subprocess.Popen[str]:
-    """Starts to tell Ray to give a node up, by Ray's own command: there is no public function."""
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    arguments = ["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node_id]
-    arguments += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "its slice is broken"]
-    arguments += ["--deadline-remaining-seconds", "1"]
-    return subprocess.Popen([ray_command, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Starts to tell Ray to give a node up."""
+    address = ray.get_runtime_context().gcs_address
+    command = ray_start.drain_command(gcs_address=address, node_id=node_id, grace_s=1, why="its slice is broken")
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def hear(drain: subprocess.Popen[str], say: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ import urllib.parse
 
 import pytest
 
+from openmoe.clusters import ray_start
 from openmoe.platform.run import host_agent
 
 
@@ -186,3 +187,8 @@ def test_one_agent_watches_a_host_whatever_other_users_lock_in_the_folder_of_tem
             finally:
                 agent.kill()
     assert (second.returncode, second.stdout[9:]) == (0, "host agent: another agent watches this host\n")
+
+
+def test_the_agent_drains_as_the_rest_of_the_platform_does_without_importing_it():
+    told = ray_start.drain_command(gcs_address="h:1", node_id="ab", grace_s=29.6, why="preempted by the provider")
+    assert host_agent.drain_command("h:1", "ab", 30) == told
