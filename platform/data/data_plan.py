@@ -38,8 +38,8 @@ class SourcePlan(NamedTuple):
       bytes: of all files, as they are.
       units: that they are cut into.
       tokenized: units that have a receipt.
-      documents: of those units.
-      tokens: to train on, of those units.
+      documents: to train on, of those units; before duplicates and the validation split are known all of them.
+      tokens: of these documents.
       estimated_tokens: of all units.
       measured: the estimate is by the tokenized units; else by how many bytes a token usually has.
     """
@@ -164,7 +164,7 @@ def _source_plan(source: SourceConfig, units: list[tuple[Unit, list[dict[str, An
         bytes=sum(sizes.values()),
         units=len(units),
         tokenized=len(tokenized),
-        documents=sum(part["documents"] for part in done),
+        documents=sum(selection.count(part, "train") for part in done),
         tokens=tokens,
         estimated_tokens=round(estimated),
         measured=bool(done_bytes),

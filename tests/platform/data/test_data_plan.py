@@ -175,6 +175,10 @@ def test_row_groups_that_are_tokenized_stand_for_their_part_of_the_file():
     source = SourceConfig(name="s", format="the_stack", paths=("s.parquet",), weight=1.0)
     found = data_plan._source_plan(source, [(units[0], [{"documents": 2, "tokens": 50}]), (units[1], None)])
     assert (found.tokens, found.estimated_tokens, found.measured, found.files) == (50, 200, True, 1)
+    split = {"train": {"documents": 1, "tokens": 30}, "validation": {"documents": 1, "tokens": 20}}
+    parts = [{"documents": 2, "tokens": 50, "split": split}]
+    found = data_plan._source_plan(source, [(units[0], parts), (units[1], None)])
+    assert (found.documents, found.tokens, found.estimated_tokens) == (1, 30, 120)
 
 
 def test_a_run_in_epochs_knows_its_rows_once_its_first_passes_are_packed(small_data, tmp_path):
