@@ -1,6 +1,8 @@
 """Exports of improved models: each departure from the original is computed in PyTorch as in JAX."""
 
+import runpy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +106,18 @@ def improved(config, arrays, load, tmp_path_factory):
 
 def test_the_configs_have_every_departure():
     assert {name for config in CONFIGS.values() for name in config.departures()} == set(DEPARTURES)
+
+
+def test_gates_of_sigmoids_too_small_to_be_summed_are_finite():
+    settings = SimpleNamespace(
+        num_experts=4, router_topk=2, router_scores="sigmoid", router_renormalize_gates=True
+    )  # all that routing reads of an OpenMoeConfig
+    layers = runpy.run_path(f"{hf_checkpoint.__file__.removesuffix('hf_checkpoint.py')}hf_export/layers_openmoe.py")
+    logits = torch.tensor([[[0.0] * 4, [-40.0] * 4, [-110.0] * 4]], requires_grad=True)
+    routed = layers["route"](logits, None, torch.ones(1, 3, dtype=torch.bool), None, settings)
+    (routed.gate.sum() + routed.shares.sum()).backward()
+    assert routed.gate[0].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]
+    assert logits.grad.isfinite().all()
 
 
 def test_logits_and_routing_of_packed_rows_are_jax_s(config, params, improved, mesh):
