@@ -162,6 +162,10 @@ class ModelConfig:
                 f"num_experts: and moe_every must both be at least 1, or both 0 for a dense model; "
                 f"got {self.num_experts} and {self.moe_every}"
             )
+        if self.router_bias_rate and not self.num_experts:
+            raise ValueError(
+                f"router_bias_rate: a dense model has no router; leave it at 0, got {self.router_bias_rate}"
+            )
         if self.num_experts and self.top_k > self.num_experts:
             raise ValueError(f"top_k: must be at most num_experts={self.num_experts}, got {self.top_k}")
         if self.moe_every and self.num_layers % self.moe_every:

@@ -74,6 +74,10 @@ def test_capacity_ignores_top_k(num_experts, group_size, train, eval_):
         ({"text_vocab_size": 9000}, r"text_vocab_size: must be in \[2, vocab_size=8576\], got 9000"),
         ({"num_experts": 0}, "num_experts: and moe_every must both be"),
         ({"moe_every": 3}, "moe_every: must divide num_layers=4, got 3"),
+        (
+            {"num_experts": 0, "moe_every": 0, "router_bias_rate": 0.1},
+            "router_bias_rate: a dense model has no router; leave it at 0, got 0.1",
+        ),
         ({"top_k": 9}, "top_k: must be at most num_experts=8, got 9"),
         ({"dtype": "float16"}, "dtype: must be float32 or bfloat16, got 'float16'"),
         ({"init_scale": float("nan")}, "init_scale: must be finite and above 0, got nan"),
