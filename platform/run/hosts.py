@@ -152,11 +152,12 @@ def drain(node_id: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def hear(drain: subprocess.Popen[str], say: Callable[[str], None]) -> None:
-    """Waits for a `drain` to be told, and says it if Ray refuses."""
+def hear(drain: subprocess.Popen[str], say: Callable[[str], None]) -> bool:
+    """Waits for a `drain` to be told; returns whether Ray has agreed, and says it if not."""
     _, error = drain.communicate()
     if drain.returncode:
         say(f"drain: {error.strip().splitlines()[-1] if error.strip() else drain.returncode}")
+    return drain.returncode == 0
 
 
 def _wait_until_gone(node_ids: set[str], say: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from openmoe.platform.run.journal import Journal
 from openmoe.platform.run.slices import SliceHost
 
 LOOK_EVERY_S = 2.0
+AGAIN_AFTER_S = 10.0  # what Ray refused to drain is asked for again
 
 
 class SliceWatch:
@@ -34,8 +35,9 @@ class SliceWatch:
         self._say = say
         self._seen, self._looked_s = slices.Seen(), -math.inf
         self._undecided: set[str] | None = None  # slices found in pieces at the driver's begin
-        self._leaving: dict[str, float] = {}  # node ids of hosts that are drained and still there: since when
-        self._drains: list[subprocess.Popen[str]] = []
+        self._leaving: dict[str, float] = {}  # node ids of hosts that are given up and still there: since when
+        self._drains: dict[str, subprocess.Popen[str]] = {}  # by node id; Ray has not answered yet
+        self._refused: dict[str, float] = {}  # node ids of those of them that Ray would not drain: when it said so
         self._news: list[dict[str, Any]] = []
 
     def look(self, journal: Journal | None = None) -> None:
@@ -52,7 +54,7 @@ class SliceWatch:
         now_s = time.monotonic()
         if now_s - self._looked_s < LOOK_EVERY_S:
             return
-        self._hear()
+        self._hear(now_s)
         self._looked_s = now_s
         try:
             nodes, in_use = {node["NodeID"]: node for node in ray.nodes()}, _in_use()
@@ -61,6 +63,8 @@ class SliceWatch:
         found = slices.hosts_of(nodes.values())
         alive = {host.node_id for host in found if host.alive}
         self._leaving = {each: since_s for each, since_s in self._leaving.items() if each in alive}
+        for node_id in self._to_ask_again(in_use, now_s):
+            self._drains[node_id] = hosts.drain(node_id)
         self._seen = slices.observe(self._seen, found, in_use, now_s)
         for name, living in slices.broken(self._seen, found, now_s).items():
             if not {host.node_id for host in living} & (self._leaving.keys() | in_use):
@@ -89,12 +93,22 @@ class SliceWatch:
         left = [host.name for host in living]
         self._news.append({"event": "slice_given_up", "time_s": time.time(), "slice": name, "left": left, "text": text})
         self._leaving |= {host.node_id: now_s for host in living}
-        self._drains += [hosts.drain(host.node_id) for host in living]
+        self._drains |= {host.node_id: hosts.drain(host.node_id) for host in living}
 
-    def _hear(self) -> None:
-        for drain in [drain for drain in self._drains if drain.poll() is not None]:
-            hosts.hear(drain, self._say)
-            self._drains.remove(drain)
+    def _hear(self, now_s: float) -> None:
+        for node_id, drain in [*self._drains.items()]:
+            if drain.poll() is not None:
+                del self._drains[node_id]
+                if not hosts.hear(drain, self._say):
+                    self._refused[node_id] = now_s
+
+    def _to_ask_again(self, in_use: Set[str], now_s: float) -> list[str]:
+        """Returns the hosts that Ray refused to drain a while ago, without those that somebody has reserved since."""
+        self._refused = {each: at_s for each, at_s in self._refused.items() if each in self._leaving}
+        due = [each for each, at_s in self._refused.items() if now_s - at_s >= AGAIN_AFTER_S and each not in in_use]
+        for each in due:
+            del self._refused[each]
+        return due
 
 
 def _in_use() -> set[str]:
