@@ -61,10 +61,16 @@ class Saver:
 
         Raises:
           DamagedCheckpoint: it is missing, unreadable, or its bits differ from those that were accepted.
+          RunDirError: what was accepted is not on record here, or was trained on other data.
         """
         start_s = time.time()
         spec = self._spec
         accepted = next((a for a in self._run.acceptances() if a.number == self._claim.resumes), None)
+        if accepted is None and self._claim.resumes:
+            raise RunDirError(
+                f"run_dir: {self._run.path}: acceptance {self._claim.resumes}, which incarnation "
+                f"{self._claim.incarnation} goes on from, is not there; all hosts must see the same run_dir"
+            )
         if accepted is None:
             state = init_from.initial_state(spec, mesh, self._recorder.event)
             self._recorder.begin(Position(), "", 0)
@@ -193,9 +199,10 @@ class Saver:
             raise Superseded(f"incarnation {self._claim.incarnation} is no longer the newest")
         if jax.process_index() == 0:
             acceptance = self._run.accept(replace(acceptance, time_s=time.time()))
-            seconds = time.monotonic() - start_s
+        seconds = time.monotonic() - start_s
+        self._pace.accepted(seconds)  # in all processes: the slowest of them says what fits a notice
+        if jax.process_index() == 0:
             self._recorder.event("accepted", step=acceptance.step, number=acceptance.number, seconds=seconds)
-            self._pace.accepted(seconds)
             self._recorder.flush()
             self._prune(acceptance)
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -176,12 +177,34 @@ def test_a_checkpoint_of_other_bits_than_were_accepted_is_refused(train):
         train("a")
 
 
-def test_a_missing_checkpoint_is_refused(train, tmp_path):
+def test_a_missing_checkpoint_is_refused_and_so_is_a_missing_acceptance_instead_of_starting_over(
+    train, tmp_path, monkeypatch
+):
     run = train("a", "train.steps=2")
     (tmp_path / "a/checkpoints/000001/2").rename(tmp_path / "gone")
     with pytest.raises(DamagedCheckpoint, match="acceptance 1: checkpoints/000001/2"):
         train("a")
     assert run.newest_accepted().number == 1
+    claim = RunDir.claim
+
+    def claim_elsewhere(self):  # as a worker sees it whose host has a run directory of its own
+        claimed = claim(self)
+        (tmp_path / "a/accepted/000001.json").unlink()
+        return claimed
+
+    monkeypatch.setattr(RunDir, "claim", claim_elsewhere)
+    with pytest.raises(RunDirError, match="acceptance 1, which incarnation 3 goes on from, is not there"):
+        train("a")
+
+
+def test_a_process_that_writes_no_records_measures_its_saves_too(train, monkeypatch):
+    from openmoe.platform.train import saver
+
+    measured = []
+    monkeypatch.setattr(saver, "jax", SimpleNamespace(process_index=lambda: 1))
+    monkeypatch.setattr(saver.Pace, "accepted", lambda self, seconds: measured.append(seconds))
+    run = train("a", "train.steps=4")
+    assert (len(measured), run.acceptances()) == (2, [])
 
 
 def test_a_full_disk_is_named_the_accepted_checkpoint_stays_in_force_and_more_room_lets_it_go_on(
