@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face, read and written: parameters under the names of the released OpenMoE models in PyTorch.
 
     config.json, generation_config.json
-    configuration_openmoe.py, modeling_openmoe.py    what transformers runs (hf_export/), written beside the weights
+    modeling_openmoe.py and three more               what transformers runs (hf_export/), written beside the weights
     tokenizer.model, tokenizer_config.json           if a tokenizer goes along
     model.safetensors                                or model-00001-of-00003.safetensors and an index of the parts
     pytorch_model.bin                                the released ones; read only, in parts or not
