@@ -55,7 +55,10 @@ class HealthWatch:
 
 
 class Stopwatch:
-    """Measures what the steps of this process take, and tells the means of the newest ones now and then."""
+    """Measures what the steps of this process take, and tells the means of the newest ones now and then.
+
+    Not of the first one, which compiles: whoever does so for the others would be said to hold them up.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Stopwatch:
         """Takes who is told, the watchdog's beat, after how many seconds of steps to tell, and what tells the time."""
         self._tell, self._beat, self._every_s, self._clock = tell, beat, every_s, clock
         self._begin_s = self._own_s = 0.0
+        self._has_compiled = False
         self._steps: list[tuple[int, float, float, float]] = []
 
     def begin(self) -> None:
@@ -80,6 +84,9 @@ class Stopwatch:
 
     def end(self, step: int, data_wait_s: float) -> None:
         """Says that the step is over, as far as it is waited for."""
+        if not self._has_compiled:
+            self._has_compiled = True
+            return
         self._steps.append((step, self._own_s, data_wait_s, self._clock() - self._begin_s))
         if sum(each[3] for each in self._steps) < self._every_s:
             return
