@@ -5,7 +5,19 @@ from pathlib import Path
 
 
 def home() -> Path:
-    """Returns `$OPENMOE_HOME`, else `~/.openmoe`; created on first use, readable by its owner alone."""
+    """Returns `$OPENMOE_HOME`, else `~/.openmoe`; created on first use, readable by its owner alone.
+
+    Raises:
+      StorageError: it cannot be made.
+    """
     path = Path(os.environ.get("OPENMOE_HOME") or Path.home() / ".openmoe").absolute()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        from openmoe.pipelines.storage import StorageError
+
+        remedy = "set OPENMOE_HOME to a folder of yours"
+        raise StorageError(
+            f"{path}: cannot be made, to keep jobs and clusters in ({error.strerror}); {remedy}"
+        ) from error
     return path

@@ -158,6 +158,9 @@ def logs(
     store = store_of_home()
     found = store.job(job)
     if follow:
+        if found.state == "queued":
+            why = _reason(found, _waiting(store.jobs().values()))
+            print(f"{found.id} is queued{': ' if why else ''}{why}", file=sys.stderr)
         for text in job_logs.follow(store, found.id, _home(), attempt=attempt, period_s=_FOLLOW_S):
             print(json.dumps({"text": text}) + "\n" if as_json else text, end="", flush=True)
         return

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from openmoe.platform.commands import cli
-from openmoe.platform.jobs import controller_lock
+from openmoe.platform.commands import cli, cli_jobs
+from openmoe.platform.jobs import controller_lock, job_logs
 from openmoe.platform.jobs.job_events import CancelAsked, Submitted
 from openmoe.platform.jobs.job_store import JobStore
 
@@ -142,6 +142,22 @@ def test_what_cannot_be_done_is_said_in_one_line(openmoe, tmp_path):
     )
     assert openmoe("jobs", "show", "nope", code=2).startswith("job 'nope': there is none of this id")
     assert openmoe("jobs", "logs", job_id, code=2) == (f"{job_id}: no attempt 0, there are none yet; it is queued\n")
+
+
+def test_whoever_follows_a_job_that_is_queued_hears_why_nothing_comes(openmoe, monkeypatch, capsys):
+    job_id = openmoe("submit", "quickstart", "--cluster", NOWHERE).split()[0]
+    monkeypatch.setattr(job_logs, "follow", lambda *arguments, **named: iter(()))  # else it waits for a controller
+    cli_jobs.logs(job_id, follow=True)
+    assert capsys.readouterr().err == f"{job_id} is queued: no controller runs: openmoe controller run\n"
+
+
+def test_a_home_that_cannot_be_made_is_said_in_one_line(openmoe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OPENMOE_HOME", str(tmp_path / "file"))
+    assert openmoe("jobs", "list", code=2) == (
+        f"{tmp_path}/file: cannot be made, to keep jobs and clusters in (File exists); "
+        "set OPENMOE_HOME to a folder of yours\n"
+    )
 
 
 def test_a_second_controller_of_a_home_says_so_in_one_line(openmoe, tmp_path):
