@@ -121,7 +121,7 @@ def test_imports_inside_platform_go_leftwards(layer, below):
 
 def test_ray_train_ray_data_and_ray_jobs_are_each_called_in_one_file():
     assert files_importing("ray.train") == {"platform/run/worker_group.py"}
-    assert files_importing("ray.data") == {"pipelines/build.py"}
+    assert files_importing("ray.data") == {"pipelines/ray_tasks.py"}
     assert files_importing("ray.job_submission", "ray.dashboard") == {"platform/jobs/ray_jobs.py"}
 
 

@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 PROGRAM = """
 import json
 import ray
-from openmoe.pipelines import build
+from openmoe.pipelines import ray_tasks
 
 ray.init(log_to_driver=False)
 
@@ -21,18 +21,18 @@ def where(row):
 def where_the_driver_does_it(row):
     return {**row, "receipt": '"driver"', "error": "", "fault": ""}
 
-said, build.PROBE_S = [], 120.0
-place = build.Workplace(reserved_cpus=8, say=said.append)
-used = set(build._run(where, [{"task": n} for n in range(24)], 60.0, place))
+said, ray_tasks.PROBE_S = [], 120.0
+place = ray_tasks.Workplace(reserved_cpus=8, say=said.append)
+used = set(ray_tasks.run(where, [{"task": n} for n in range(24)], 60.0, place))
 
 @ray.remote(num_cpus=1, label_selector={"ray.io/node-id": next(iter(used))})
 class Busy:
     def is_there(self):
         return True
 
-busy, build.PROBE_S = [Busy.remote() for _ in range(2)], 1.0
+busy, ray_tasks.PROBE_S = [Busy.remote() for _ in range(2)], 1.0
 ray.get([actor.is_there.remote() for actor in busy])
-beside = set(build._run(where_the_driver_does_it, [{"task": n} for n in range(2)], 60.0, place))
+beside = set(ray_tasks.run(where_the_driver_does_it, [{"task": n} for n in range(2)], 60.0, place))
 tpus = [node["NodeID"] for node in ray.nodes() if "TPU" in node["Resources"]]
 print(json.dumps({"used": sorted(used), "tpus": tpus, "said": said, "beside": sorted(beside)}))
 """
@@ -59,11 +59,11 @@ from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
-from openmoe.pipelines import build, limits
+from openmoe.pipelines import limits, ray_tasks
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 for _ in range(2):
-    cluster.add_node(num_cpus=1, labels=dict([build.DATA_LABEL]))
+    cluster.add_node(num_cpus=1, labels=dict([ray_tasks.DATA_LABEL]))
 cluster.wait_for_nodes()
 ray.init(address=cluster.address, log_to_driver=False)
 begun = Path(sys.argv[1])
@@ -76,9 +76,9 @@ def work(row):
     return {**row, "receipt": json.dumps("done, " + task["dies"]), "error": "", "fault": ""}
 
 said, limits.MAX_LOSSES = [], 1
-place = build.Workplace(say=said.append)
+place = ray_tasks.Workplace(say=said.append)
 tasks = [{"dies": how} for how in ("with its node", "alone", "never")]
-receipts = list(build._run(work, tasks, 60.0, place, lambda task: "given up, " + task["dies"]))
+receipts = list(ray_tasks.run(work, tasks, 60.0, place, lambda task: "given up, " + task["dies"]))
 print(json.dumps({"receipts": sorted(receipts), "said": said}))
 ray.shutdown()
 cluster.shutdown()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from openmoe.pipelines import audit, passes, selection, shards, sources, stdlib_corpus, storage, token_cache
+from openmoe.pipelines import audit, passes, ray_tasks, selection, shards, sources, stdlib_corpus, storage, token_cache
 from openmoe.pipelines import build as builder
 from openmoe.pipelines import manifest as manifests
 from openmoe.pipelines.build import _tokenize_task as tokenize_task
@@ -85,7 +85,7 @@ def test_a_build_that_lost_receipts_and_holds_torn_files_ends_in_the_same_bytes(
 
 
 def test_a_finished_build_needs_no_ray_and_reports_no_work(built, corpus, monkeypatch):
-    monkeypatch.setattr(builder, "_run", None)
+    monkeypatch.setattr(ray_tasks, "run", None)
     reports = []
     again = builder.build(config(corpus), str(built[0]), min_rows=700, report=lambda *args: reports.append(args))
     assert again == built[1]
@@ -204,7 +204,7 @@ def test_another_seed_is_other_data_over_the_same_token_cache(ray_local, built, 
 
 
 def test_other_weights_are_other_data_over_the_same_passes(built, copied, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(builder, "_run", lambda *args: iter(()))
+    monkeypatch.setattr(ray_tasks, "run", lambda *args: iter(()))
     base = config(corpus)
     heavier = replace(base, sources=(replace(base.sources[0], weight=4.0), *base.sources[1:]))
     other = builder.build(heavier, str(copied), min_rows=20)
@@ -360,7 +360,7 @@ NOT_ON_TPUS = "ray.io/accelerator-type"
     ],
 )
 def test_data_work_goes_where_the_label_says_else_beside_the_workers(nodes, place, cpus, labels):
-    found, selector = builder.offer(nodes, builder.Workplace(**place))
+    found, selector = ray_tasks.offer(nodes, builder.Workplace(**place))
     assert (found, set(selector or {})) == (cpus, labels)
 
 

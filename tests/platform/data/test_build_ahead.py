@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from openmoe.pipelines import build, passes, stdlib_corpus
+from openmoe.pipelines import build, passes, ray_tasks, stdlib_corpus
 from openmoe.pipelines.config import DataError
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.passes import Passes
@@ -146,7 +146,7 @@ def test_rows_that_an_incident_leaves_out_are_built_for_at_the_end(first, monkey
 
 
 def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, monkeypatch):
-    monkeypatch.setattr(build, "PROBE_S", 0.2)
+    monkeypatch.setattr(ray_tasks, "PROBE_S", 0.2)
     _, manifest, resolved = first(2, "cluster.cpus_per_worker=0.5")
     said = []
     with BuildAhead(resolved, manifest, lambda: 0, silent, said.append) as ahead:
@@ -156,7 +156,7 @@ def test_an_occupied_cluster_never_stops_the_coming_pass(first, no_free_cpu, mon
 
 
 def test_a_cpu_that_is_taken_just_before_the_tasks_come_does_not_stop_them(first, no_free_cpu, monkeypatch):
-    monkeypatch.setattr(build, "_gets_a_cpu", lambda selector, is_left: True)
+    monkeypatch.setattr(ray_tasks, "_gets_a_cpu", lambda selector, is_left: True)
     monkeypatch.setattr(build, "PACK_STUCK_S", 1.0)
     monkeypatch.setattr(build, "TOKENIZE_STUCK_S", 1.0)
     _, manifest, resolved = first(1.1, "cluster.cpus_per_worker=0.5", "data.group_tokens=20000")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from openmoe.pipelines import build
+from openmoe.pipelines import ray_tasks
 from openmoe.pipelines.config import DataError, SourceConfig
 from openmoe.pipelines.loader import Loader
 from openmoe.pipelines.sources import Unit
@@ -122,7 +122,7 @@ def test_tokenizing_ends_with_the_manifest_and_packs_nothing(small_data, tmp_pat
 def test_a_run_over_data_that_may_only_be_read_leaves_what_is_missing_to_its_workers(
     small_data, tmp_path, mount_disk, monkeypatch
 ):
-    monkeypatch.setattr(build, "_in_ray", lambda *args: iter(()))  # a cluster without a free CPU
+    monkeypatch.setattr(ray_tasks, "_in_ray", lambda *args: iter(()))  # a cluster without a free CPU
     folder = tmp_path / "data"
     folder.mkdir()
     mount_disk(folder, "20m")
