@@ -108,7 +108,8 @@ class DataConfig:
     """What the rows of a run are made of; together with the sources' bytes it determines every row.
 
     Attributes:
-      tokenizer: `builtin:small_8192`, or a path or gs:// URI of a SentencePiece model.
+      tokenizer: `builtin:small_8192`, or a path or gs:// URI of a SentencePiece model that gives no text id 0, which is
+        padding: by default SentencePiece trains one that gives it to what is unknown.
       num_sentinels: ids above the tokenizer's that mark UL2's masked spans.
       seq_len: tokens a row.
       objective: how documents become inputs and targets: `ul2`, `next_token`, `prefix_lm` or `chat`, whose loss is on

@@ -50,6 +50,11 @@ class Tokenizer:
             raise DataError(f"tokenizer: {uri} is no SentencePiece model; give a spiece.model file") from error
         if self._processor.eos_id() < 0:
             raise DataError(f"tokenizer: {uri} has no end-of-sequence piece; UL2 ends every part with one")
+        if _may_give_zero(self._processor):
+            raise DataError(
+                f"tokenizer: {uri} gives id 0, which is padding to the model, for text that it does not know; train it "
+                "with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1, or with --byte_fallback"
+            )
         self.text_vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         self.sha256: str = hashlib.sha256(proto).hexdigest()
@@ -83,6 +88,13 @@ class Tokenizer:
         """Returns the ids that the UL2 objective needs, the mode prompts tokenized."""
         prompts = {m: tuple(map(int, self.encode([f"[{m}] "])[0])) for m in ("NLU", "NLG", "S2S")}
         return Vocabulary(self.text_vocab_size, num_sentinels, self.eos_id, prompts)
+
+
+def _may_give_zero(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Returns whether text can have id 0: of what is unknown, unless such text is cut into bytes, or of a piece."""
+    if model.is_unknown(0):
+        return not any(model.is_byte(i) for i in range(model.vocab_size()))
+    return not (model.is_control(0) or model.is_unused(0))
 
 
 @functools.lru_cache(maxsize=4)

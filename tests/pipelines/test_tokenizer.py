@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from openmoe.pipelines import objectives, sources, token_cache
 from openmoe.pipelines.config import DataError, SourceConfig
@@ -59,6 +60,28 @@ def test_a_file_that_is_no_tokenizer_is_one_clear_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer: .*spiece.model is no SentencePiece model; give a spiece"):
         Tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        ({}, False),  # SentencePiece's own defaults: unknown text is 0
+        ({"byte_fallback": True, "vocab_size": 300}, True),
+        ({"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, True),
+    ],
+)
+def test_a_tokenizer_that_gives_id_0_to_text_is_refused(tmp_path, options, accepted):
+    texts = iter([f"hello world this is text number {i}" for i in range(200)])
+    settings = {"vocab_size": 45, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_prefix=str(tmp_path / "spiece"), num_threads=1, **settings
+    )
+    uri = str(tmp_path / "spiece.model")
+    if accepted:
+        assert 0 not in Tokenizer(uri).encode(["hello \u2603"])[0]
+        return
+    with pytest.raises(DataError, match=r"spiece.model gives id 0, which is padding to the model, for text that it"):
+        Tokenizer(uri)
 
 
 def test_a_folder_is_no_tokenizer(tmp_path):
