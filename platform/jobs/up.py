@@ -64,7 +64,7 @@ def _start(spec: ClusterSpec, state_dir: Path, say: Say) -> None:
     try:
         twin.up(spec, state_dir, say)
     except twin.TwinError:
-        if not existed:
+        if not existed and (state_dir / "cluster.json").exists():
             twin.down(state_dir, say)
         raise
 

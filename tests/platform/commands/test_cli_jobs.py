@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from openmoe.clusters.twin_state import TwinError
 from openmoe.platform.commands import cli, cli_jobs
-from openmoe.platform.jobs import controller_lock, job_logs
+from openmoe.platform.jobs import controller_lock, job_logs, up
 from openmoe.platform.jobs.job_events import CancelAsked, Submitted
 from openmoe.platform.jobs.job_store import JobStore
 
@@ -149,6 +150,13 @@ def test_whoever_follows_a_job_that_is_queued_hears_why_nothing_comes(openmoe, m
     monkeypatch.setattr(job_logs, "follow", lambda *arguments, **named: iter(()))  # else it waits for a controller
     cli_jobs.logs(job_id, follow=True)
     assert capsys.readouterr().err == f"{job_id} is queued: no controller runs: openmoe controller run\n"
+
+
+def test_a_cluster_that_nothing_here_starts_is_refused_and_not_said_to_be_down(tmp_path):
+    said = []
+    with pytest.raises(TwinError, match="provider gcp: started by its own tools"):
+        up.run("gcp-tpu-v4-128-spot", tmp_path, said.append, dashboard_port=None)
+    assert said == []
 
 
 def test_a_home_that_cannot_be_made_is_said_in_one_line(openmoe, tmp_path, monkeypatch):
