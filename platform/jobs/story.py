@@ -197,6 +197,9 @@ def _health(events: Sequence[Mapping[str, Any]]) -> Iterator[Sentence]:
         elif event["event"] == "left_out":
             text = "rows [{:,}, {:,}) are left out: {}".format(*event["rows"], event["incident"])
             yield Sentence(time_s=event["time_s"], kind="trouble", text=text)
+    if left := [event for event in events if event["event"] == "not_removed"]:
+        text = "an old checkpoint was not removed ({:,} times): {error}".format(len(left), **left[-1])
+        yield Sentence(time_s=left[-1]["time_s"], kind="trouble", text=text)
     if skipped := [event for event in events if event["event"] == "update_skipped"]:
         steps = sorted({event["step"] for event in skipped})
         named = ", ".join(f"{step:,}" for step in steps[:10]) + (f" and {len(steps) - 10:,} more" * (len(steps) > 10))

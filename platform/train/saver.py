@@ -216,10 +216,12 @@ class Saver:
         for path in lineage.removable(self._stored, valid, everything, keep, writer=self._claim.incarnation):
             try:
                 storage.remove_folder(self._run.at(path))
-            except storage.StorageUnavailable as error:  # tried again at the next save
+            except storage.StorageError as error:  # tried again at the next save: no reason to end a run
                 self._recorder.event("not_removed", checkpoint=path, error=str(error))
-                return
-            self._stored.discard(path)
+                if isinstance(error, storage.StorageUnavailable):
+                    return
+            else:
+                self._stored.discard(path)
 
 
 @contextlib.contextmanager

@@ -166,12 +166,15 @@ def test_evaluations_that_count_are_shown_and_undone_ones_are_not(written):
     run.event("alarm", alarm="expert_collapse", begins=True, step=31, value=0.004, layer=1, expert=7)
     run.event("left_out", step=31, rows=[124, 132], incident="incident of incarnation 1: step 31: loss nan")
     run.event("update_skipped", step=33, rows=[140, 144], total_loss="nan", grad_norm="nan")
+    for error in ("busy", "not empty"):
+        run.event("not_removed", checkpoint="checkpoints/000001/20", error=error)
     history = views.history(follow(run))
     assert [(e.step, e.losses) for e in history.held_out] == [(20, {"loss": 5.0}), (30, {"loss": None})]
     assert history.samples == (("import", " at 30"),)
     assert [s.text for s in history.story if s.kind == "trouble"] == [
         "expert 7 of MoE layer 1 is asked for 0.4% of its even share at step 31",
         "rows [124, 132) are left out: incident of incarnation 1: step 31: loss nan",
+        "an old checkpoint was not removed (2 times): not empty",
         "updates that were not finite were skipped: steps 33",
     ]
 
