@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from types import FrameType
 
 from openmoe.clusters import local_ray
 from openmoe.platform.run_file.spec import ClusterConfig
@@ -45,7 +48,8 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     if address:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        with signals_wait():
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
         where = f"the Ray cluster at {address}"
     else:
         needed = int(cluster.num_workers * cluster.cpus_per_worker + 0.999)
@@ -56,7 +60,7 @@ def started(cluster: ClusterConfig) -> Generator[str]:
         )
         local_ray.remove_old_sessions(Path(local_ray.log_dir()), time.time())
         has_api_server = cluster.dashboard_port is not None
-        with contextlib.nullcontext() if has_api_server else local_ray.without_api_server():
+        with contextlib.nullcontext() if has_api_server else local_ray.without_api_server(), signals_wait():
             ray.init(**arguments)
         where = f"a Ray on this machine (logs: {local_ray.log_dir()}/session_latest/logs)"
     try:
@@ -67,6 +71,36 @@ def started(cluster: ClusterConfig) -> Generator[str]:
             yield where
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def signals_wait() -> Generator[None]:
+    """Lets a request to stop wait for the end of the block: an exception inside `ray.init` ends in a crash of Ray.
+
+    A second one does not wait: a cluster may not answer for long.
+    """
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    asked = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            stop()
+
+    def stop() -> None:
+        for each in asked:
+            signal.signal(each, before[each])
+        if came:
+            signal.raise_signal(came[0])
+
+    for number in asked if threading.current_thread() is threading.main_thread() else ():
+        signal.signal(number, wait)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            stop()
 
 
 def lacking(cluster: ClusterConfig, resources: Mapping[str, float]) -> str:

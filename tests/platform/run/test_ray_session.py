@@ -1,5 +1,7 @@
 """A Ray of one machine: what it lacks for a run is said at once."""
 
+import signal
+
 import pytest
 
 from openmoe.platform.run import ray_session
@@ -22,3 +24,19 @@ TPU = {"accelerator": "tpu", "accelerator_type": "TPU-V4", "topology": "2x2x1"}
 def test_devices_that_one_machine_will_never_have_are_named(settings, resources, found):
     problem = ray_session.lacking(ClusterConfig(**settings), resources)
     assert (found in problem) if found else problem == ""
+
+
+def test_a_request_to_stop_waits_until_ray_has_started_and_a_second_one_does_not():
+    reached, before = [], signal.getsignal(signal.SIGINT)
+
+    def start(requests):
+        with ray_session.signals_wait():
+            for _ in range(requests):
+                signal.raise_signal(signal.SIGINT)
+            reached.append(requests)
+
+    start(0)
+    for requests in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            start(requests)
+    assert (reached, signal.getsignal(signal.SIGINT)) == ([0, 1], before)
