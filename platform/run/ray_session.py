@@ -90,7 +90,8 @@ def signals_wait() -> Generator[None]:
 
     def stop() -> None:
         for each in asked:
-            signal.signal(each, before[each])
+            if came or signal.getsignal(each) is wait:  # else Ray has put one of its own there, which ends it properly
+                signal.signal(each, before[each])
         if came:
             signal.raise_signal(came[0])
 

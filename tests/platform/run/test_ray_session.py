@@ -40,3 +40,6 @@ def test_a_request_to_stop_waits_until_ray_has_started_and_a_second_one_does_not
         with pytest.raises(KeyboardInterrupt):
             start(requests)
     assert (reached, signal.getsignal(signal.SIGINT)) == ([0, 1], before)
+    with ray_session.signals_wait():
+        signal.signal(signal.SIGINT, print)  # as Ray does with SIGTERM
+    assert signal.signal(signal.SIGINT, before) is print
