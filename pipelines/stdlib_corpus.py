@@ -70,8 +70,10 @@ def write_corpus(directory: str, *, max_text_bytes: int = 2_000_000, max_code_by
     for name, documents in subsets.items():
         if not documents:
             raise DataError(f"{name}: Python's standard library holds no text for it here; use another Python")
-    for path, content in _files(subsets):
-        storage.write_durable(storage.join(directory, path), content)
+    for name, content in _files(subsets):
+        path = storage.join(directory, name)
+        if storage.read_if_present(path) != content:  # written again, it would have changed under whoever reads it
+            storage.write_durable(path, content)
     summary = {
         "made_of": wanted,
         "documents": {name: len(documents) for name, documents in subsets.items()},

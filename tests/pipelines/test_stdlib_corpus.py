@@ -49,13 +49,15 @@ def test_the_corpus_is_the_same_every_time_and_is_not_written_twice(tmp_path):
     assert (tmp_path / "a/wikipedia/wiki.jsonl").read_text() == "the user's own edit\n"
 
 
-def test_an_interrupted_corpus_is_completed(tmp_path):
+def test_an_interrupted_corpus_is_completed_and_what_is_whole_of_it_left_alone(tmp_path):
     stdlib_corpus.write_corpus(str(tmp_path / "a"), **CAPS)
-    whole = tree(tmp_path / "a")
+    whole, [c4] = tree(tmp_path / "a"), (tmp_path / "a/c4").iterdir()
+    before = c4.stat()
     (tmp_path / "a/COMPLETE.json").unlink()
     (tmp_path / "a/wikipedia/wiki.jsonl").write_bytes(b'{"text": "ha')
     stdlib_corpus.write_corpus(str(tmp_path / "a"), **CAPS)
     assert tree(tmp_path / "a") == whole
+    assert (c4.stat().st_ino, c4.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_files_in_another_encoding_are_read_and_undecodable_ones_named(tmp_path):
