@@ -26,8 +26,16 @@ def test_devices_that_one_machine_will_never_have_are_named(settings, resources,
     assert (found in problem) if found else problem == ""
 
 
-def test_a_request_to_stop_waits_until_ray_has_started_and_a_second_one_does_not():
-    reached, before = [], signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, as in a terminal: workers of pytest-xdist ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_request_to_stop_waits_until_ray_has_started_and_a_second_one_does_not(interruptible):
+    reached = []
 
     def start(requests):
         with ray_session.signals_wait():
@@ -39,7 +47,7 @@ def test_a_request_to_stop_waits_until_ray_has_started_and_a_second_one_does_not
     for requests in (1, 2):
         with pytest.raises(KeyboardInterrupt):
             start(requests)
-    assert (reached, signal.getsignal(signal.SIGINT)) == ([0, 1], before)
+    assert (reached, signal.getsignal(signal.SIGINT)) == ([0, 1], signal.default_int_handler)
     with ray_session.signals_wait():
         signal.signal(signal.SIGINT, print)  # as Ray does with SIGTERM
-    assert signal.signal(signal.SIGINT, before) is print
+    assert signal.getsignal(signal.SIGINT) is print
